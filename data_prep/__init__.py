@@ -1,0 +1,1 @@
+"""From images to shards: sources, encoding, writing, indexing, checking. Reading them is drwkv.data's."""

@@ -1,0 +1,255 @@
+"""From the run's counter n to batches on this rank: which samples, read ahead by threads, as torch tensors.
+
+Batches are a pure function of (seed, n): rank, world size, batch size, threads and restarts decide only
+who reads what and when. The order of samples is order.py's law; reading them is shards.py's; making floats
+or latents of them is drwkv.latents'.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drwkv import rng
+from drwkv.data.manifest import Manifest, check_fits
+from drwkv.data.order import Mixture, Order, cut
+from drwkv.data.shards import ShardSet
+
+
+@dataclass
+class DataConfig:
+    """Which shard sets a run reads, in what order, and how far ahead."""
+
+    paths: list[str] = field(default_factory=list)  # folders of committed shard sets
+    weights: list[float] | None = None  # share of each set, of any sum; None: in proportion to its samples
+    streams: int = 64  # streams that the order is cut into; part of the run's identity, not of the hardware
+    window: int = 8192  # samples of a stream that are shuffled together; part of the run's identity
+    flip: bool = False  # mirror every second image, by (seed, n); moments need moments_flip in the set
+    workers: int = 2  # reading threads of a process; 0: read in the training loop itself
+    prefetch: int = 4  # global batches read ahead; no less than workers, or some of them wait
+
+
+@dataclass
+class Batch:
+    """One micro-batch of one rank. Where several sets are mixed, sample ids count on from set to set."""
+
+    n: Tensor  # (B,) int64: the run's counter
+    sample_id: Tensor  # (B,) int64: row of the set's index
+    x: Tensor  # (B, C, H, W) uint8 pixels, or (B, 2C, h, w) float16 moments
+    y: Tensor  # (B,) int64: labels
+
+    def __len__(self) -> int:
+        return len(self.n)
+
+
+def flips(seed: int, n: np.ndarray) -> np.ndarray:
+    """n (B,) int64 -> (B,) bool: whether the n-th sample is mirrored."""
+    return (rng.bits(seed, rng.Purpose.FLIP, torch.from_numpy(n), 1)[:, 0] & 1).numpy().astype(bool)
+
+
+class Loader:
+    """This rank's micro-batches of the global batches, from any counter on.
+
+    Example: `for micro_batches in loader.batches(start=0): ...`, each a list of `accumulate` Batch.
+    Raises ValueError when the sets differ in shape, or flips are asked of moments stored without them.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[ShardSet],
+        order: Order | Mixture,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        seed: int,
+        flip: bool = False,
+        workers: int = 0,
+        prefetch: int = 4,
+    ):
+        check_alike(sets)
+        if flip:
+            check_flips(sets)
+        if batch_size < world_size * accumulate:
+            raise ValueError(
+                f"batch_size {batch_size} is less than {world_size} ranks x accumulate {accumulate}: "
+                "some would have no sample; raise batch_size or lower accumulate"
+            )
+        if workers < 0 or prefetch < 0:
+            raise ValueError(f"data.workers is {workers} and data.prefetch {prefetch}: give 0 or more")
+        self._sets, self._order, self._seed, self._flip = list(sets), order, seed, flip
+        self._batch_size, self._workers, self._prefetch = batch_size, workers, prefetch
+        self._place = (world_size, rank, accumulate)
+        self._first_ids = np.cumsum([0] + [s.num_samples for s in sets])
+        self._shape, self._dtype = sets[0].sample_shape, getattr(torch, sets[0].manifest.dtype)
+        self._pin = torch.cuda.is_available()
+
+    def batches(self, start: int) -> Iterator[list[Batch]]:
+        """Micro-batches of [start, start + batch_size), then of the next, for ever.
+
+        What a thread raises is raised here, at the batch that it belongs to. Closing the generator ends its threads.
+        """
+        if start < 0:
+            raise ValueError(f"the loader was to start at n = {start}, it must be 0 or more")
+        return self._read_ahead(start) if self._workers else self._read_here(start)
+
+    def _read_here(self, start: int) -> Iterator[list[Batch]]:
+        for n0 in itertools.count(start, self._batch_size):
+            yield [self._load(n) for n in self._pieces(n0)]
+
+    def _read_ahead(self, start: int) -> Iterator[list[Batch]]:
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="drwkv-loader")
+        waiting: deque[list[Future[Batch]]] = deque()
+        try:
+            for n0 in itertools.count(start, self._batch_size):
+                waiting.append([pool.submit(self._load, n) for n in self._pieces(n0)])
+                if len(waiting) > self._prefetch:
+                    yield [future.result() for future in waiting.popleft()]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _pieces(self, n0: int) -> list[np.ndarray]:
+        n = np.arange(n0, n0 + self._batch_size, dtype=np.int64)
+        return cut(n0, self._batch_size, self._order.streams_of(n), *self._place)
+
+    def _load(self, n: np.ndarray) -> Batch:
+        which, ids = self._order.locate(n)
+        flip = flips(self._seed, n) if self._flip else None
+        x = torch.empty((len(n), *self._shape), dtype=self._dtype, pin_memory=self._pin)
+        if len(self._sets) == 1:
+            _, y = self._sets[0].read(ids, flip, out=x.numpy())
+        else:
+            y = np.empty(len(n), np.int64)
+            for k, shard_set in enumerate(self._sets):
+                mine = np.flatnonzero(which == k)
+                x.numpy()[mine], y[mine] = shard_set.read(ids[mine], None if flip is None else flip[mine])
+        sample_id = torch.from_numpy(ids + self._first_ids[which])
+        return Batch(torch.from_numpy(n), sample_id, x, torch.from_numpy(y))
+
+
+class ModelInput(Protocol):
+    """What of a model's config decides which data fits it."""
+
+    input_size: Any  # H, or (H, W)
+    in_channels: int  # C
+    num_classes: int | None  # None: unconditional
+
+
+class Place(Protocol):
+    """Which of how many processes this one is."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+
+@dataclass
+class Data:
+    """What `open_data` opened and checked: the run's data, from which every rank takes its batches."""
+
+    config: DataConfig
+    seed: int  # of the run
+    sets: list[ShardSet]  # in the config's order
+    order: Order | Mixture  # the law of all n
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the first set; all others have its kind, shape, classes, scale and shift."""
+        return self.sets[0].manifest
+
+    @property
+    def num_samples(self) -> int:
+        return sum(s.num_samples for s in self.sets)
+
+    def check_fits(self, model: ModelInput) -> None:
+        """ValueError in one line when a model of this config cannot be trained on these sets."""
+        size = model.input_size
+        for shard_set in self.sets:
+            check_fits(
+                shard_set.manifest,
+                path=shard_set.path,
+                input_size=size if isinstance(size, int) else (size[0], size[1]),
+                in_channels=model.in_channels,
+                num_classes=model.num_classes,
+            )
+
+    def batches(
+        self, batch_size: int, start: int, *, world: Place | None = None, accumulate: int = 1
+    ) -> Iterator[list[Batch]]:
+        """The micro-batches of one rank of `world` from counter `start` on, as `Loader.batches`."""
+        return Loader(
+            self.sets,
+            self.order,
+            batch_size=batch_size,
+            rank=world.rank if world else 0,
+            world_size=world.size if world else 1,
+            accumulate=accumulate,
+            seed=self.seed,
+            flip=self.config.flip,
+            workers=self.config.workers,
+            prefetch=self.config.prefetch,
+        ).batches(start)
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides what the n-th sample is, as JSON holds it; a checkpoint keeps it beside n."""
+        return {
+            "seed": self.seed,
+            "streams": self.config.streams,
+            "window": self.config.window,
+            "flip": self.config.flip,
+            "index_hashes": [s.index_hash for s in self.sets],
+            "mixture": self.order.counts.tolist() if isinstance(self.order, Mixture) else [1],
+        }
+
+
+def open_data(config: DataConfig, *, seed: int) -> Data:
+    """Open the sets, refuse what does not go together (ValueError in one line), and build the order."""
+    if not config.paths:
+        raise ValueError("config key 'data.paths' is empty: name one shard set or more, data.paths=[FOLDER]")
+    if config.weights is not None and len(config.weights) != len(config.paths):
+        raise ValueError(
+            f"config key 'data.weights' has {len(config.weights)} numbers for {len(config.paths)} "
+            "data.paths: give one for each, or null"
+        )
+    sets = [ShardSet.open(path) for path in config.paths]
+    check_alike(sets)
+    if config.flip:
+        check_flips(sets)
+    orders = [Order(s.shard_sizes, seed=seed, streams=config.streams, window=config.window) for s in sets]
+    order: Order | Mixture = orders[0]
+    if len(sets) > 1:
+        order = Mixture(orders, config.weights or [float(s.num_samples) for s in sets], seed=seed)
+    return Data(config, seed, sets, order)
+
+
+def check_alike(sets: Sequence[ShardSet]) -> None:
+    """ValueError unless all sets hold the same kind of thing."""
+    first = sets[0].manifest
+    for other in sets[1:]:
+        for key in ("kind", "sample_shape", "num_classes", "dtype", "scale", "shift", "vae_hash"):
+            if getattr(other.manifest, key) != getattr(first, key):
+                raise ValueError(
+                    f"shard sets that do not mix: {key} is {getattr(first, key)!r} in {sets[0].path}, "
+                    f"{getattr(other.manifest, key)!r} in {other.path}; take one of them out of data.paths"
+                )
+
+
+def check_flips(sets: Sequence[ShardSet]) -> None:
+    """ValueError when a set cannot give mirrored samples."""
+    for shard_set in sets:
+        if shard_set.manifest.kind == "moments" and not shard_set.manifest.has_flip:
+            raise ValueError(
+                f"config key 'data.flip' is true, but {shard_set.path} holds no moments of mirrored images "
+                "(has_flip is false), and a latent is never flipped: set data.flip=false, or encode with flips"
+            )

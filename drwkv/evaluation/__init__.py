@@ -1,0 +1,1 @@
+"""Features of images, metrics on features, and the report that shows them."""

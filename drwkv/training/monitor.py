@@ -1,0 +1,228 @@
+"""What a person sees of a run: metrics.jsonl, TensorBoard, a progress bar, log.txt, sample grids, and the audit.
+
+Numbers are read from the device one step late, so that the loop never waits for the step that it has just launched.
+After a resume all of it is cut back to the step that training goes on from.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import google_crc32c
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from drwkv.parallel.distributed import World
+from drwkv.sampling import SamplerConfig
+
+log = logging.getLogger("drwkv")
+
+
+@dataclass
+class MonitorConfig:
+    """What is shown, and how often."""
+
+    tensorboard_every_steps: int = 10  # steps between scalars in TensorBoard; 0: no TensorBoard
+    grid_every_steps: int = 0  # steps between grids of samples from the EMA; 0: none
+    grid_columns: int = 8  # samples of each class in a grid (of all, without classes)
+    grid_sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(name="ddim", steps=20))
+    progress: bool = True  # progress bar on stderr of rank 0
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step: numbers known on the host, and 0-dim tensors still on the device."""
+
+    step: int  # 0 is the first
+    n: int  # first sample of the batch
+    num_samples: int  # samples of the batch
+    lr: float
+    loss: torch.Tensor  # mean over the global batch
+    grad_norm: torch.Tensor  # global, before clipping
+    found_inf: torch.Tensor  # 1 where the step was left out
+
+
+def every(step: int, interval: int) -> bool:
+    """Whether something due every `interval` steps is due after `step` steps; 0 means never."""
+    return interval > 0 and step > 0 and step % interval == 0
+
+
+class Monitor:
+    """Writes what rank 0 shows; on the other ranks it only keeps the records moving."""
+
+    def __init__(
+        self, folder: Path, config: MonitorConfig, world: World, *, total_steps: int, step: int,
+        on_record: Sequence[Callable[[StepRecord, bool], None]],
+    ) -> None:  # fmt: skip
+        self._folder, self._config, self._world, self._on_record = folder, config, world, on_record
+        self._total_steps = total_steps
+        self._pending: StepRecord | None = None
+        self._metrics: TextIO | None = None
+        self._writer: SummaryWriter | None = None
+        self._bar: tqdm | None = None
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        self._last_time = time.perf_counter()
+        if not self._world.is_first:
+            return
+        cut_back(self._folder / "metrics.jsonl", step)
+        self._metrics = (self._folder / "metrics.jsonl").open("a")
+        self._bar = tqdm(
+            total=self._total_steps, initial=step, unit="step", disable=not self._config.progress, mininterval=0.5
+        )
+        if self._config.tensorboard_every_steps:
+            self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step)
+
+    def rewind(self, step: int) -> None:
+        """Go on from `step`, earlier than where the run stood: cut back what is shown."""
+        self.close()
+        self._open(step)
+
+    def record(self, record: StepRecord) -> None:
+        """Take one step's record; writes the one before, whose numbers the device has by now."""
+        self.flush()
+        self._pending = record
+
+    def flush(self) -> None:
+        """Write the record that waits, if any; waits for its step on the device."""
+        if self._pending is None:
+            return
+        record, self._pending = self._pending, None
+        loss, norm, found_inf = torch.stack([record.loss, record.grad_norm, record.found_inf]).tolist()
+        now = time.perf_counter()
+        seconds, self._last_time = now - self._last_time, now
+        for listener in self._on_record:
+            listener(record, bool(found_inf))
+        if self._metrics is None or self._bar is None:
+            return
+        numbers = {
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": record.lr,
+            "images_per_sec": record.num_samples / seconds,
+        }
+        line = {"step": record.step, "n": record.n, "num_samples": record.num_samples, "skipped": bool(found_inf)}
+        self._metrics.write(json.dumps({**line, **numbers, "seconds": seconds}) + "\n")
+        self._metrics.flush()
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {numbers['images_per_sec']:.0f} images/s", refresh=False)
+        self._bar.update(record.step + 1 - self._bar.n)
+        if self._writer is not None and every(record.step + 1, self._config.tensorboard_every_steps):
+            for name, value in numbers.items():
+                self._writer.add_scalar(f"train/{name}", value, record.step)
+
+    def left_out(self, step: int, n: int, num_samples: int) -> None:
+        """Write the line of a batch that was left out without being looked at."""
+        self.flush()
+        if self._metrics is not None:
+            line = {"step": step, "n": n, "num_samples": num_samples, "skipped": True}
+            self._metrics.write(json.dumps(line) + "\n")
+            self._metrics.flush()
+
+    def grid(self, step: int, image_HWC: np.ndarray) -> None:
+        """Show a grid of samples, uint8 (H, W, C), drawn after `step` steps."""
+        if self._writer is not None:
+            self._writer.add_image("samples/ema", image_HWC, step, dataformats="HWC")
+            self._writer.flush()
+
+    def restart_clock(self) -> None:
+        """Leave what was done since the last record (a grid, a save) out of the next step's time."""
+        self._last_time = time.perf_counter()
+
+    def close(self) -> None:
+        """Write what waits and close every file."""
+        self.flush()
+        for part in (self._metrics, self._writer, self._bar):
+            if part is not None:
+                part.close()
+
+
+class Audit:
+    """One line for each sample that this rank trains on: step, n, sample id, crc32c of x_t's bytes."""
+
+    def __init__(self, folder: Path, world: World, *, enabled: bool, step: int) -> None:
+        self._folder, self._world = folder, world
+        self._file: TextIO | None = None
+        if enabled:
+            self._open(step)
+
+    def _open(self, step: int) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if self._world.is_first:
+            for path in self._folder.glob("rank_*.jsonl"):
+                cut_back(path, step)
+        self._world.barrier()
+        self._file = (self._folder / f"rank_{self._world.rank:05d}.jsonl").open("a")
+
+    def write(self, step: int, n: torch.Tensor, sample_id: torch.Tensor, x_t: torch.Tensor) -> None:
+        """Write the samples of one micro-batch: n (B,), sample_id (B,), x_t (B, C, H, W)."""
+        if self._file is None:
+            return
+        for one_n, one_id, one in zip(n.tolist(), sample_id.tolist(), x_t.detach().cpu(), strict=True):
+            digest = google_crc32c.value(one.contiguous().numpy().tobytes())
+            self._file.write(json.dumps({"step": step, "n": one_n, "id": one_id, "x_t": f"{digest:08x}"}) + "\n")
+        self._file.flush()
+
+    def rewind(self, step: int) -> None:
+        """Go on from `step`: cut back every rank's lines. Collective."""
+        if self._file is not None:
+            self.close()
+            self._open(step)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSON-lines file; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return
+    with path.open() as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Keep the records of steps before `step` alone, so that what is done again is not written twice."""
+    if not path.exists():
+        return
+    kept = [record for record in read_lines(path) if record["step"] < step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    temporary.replace(path)
+
+
+@contextmanager
+def logging_to(folder: Path, world: World) -> Iterator[None]:
+    """Log in words: rank 0 to `folder/log.txt` and stderr, the others only warnings, with their rank."""
+    handlers: list[logging.Handler] = []
+    if world.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        handlers = [logging.FileHandler(folder / "log.txt"), logging.StreamHandler()]
+        style = "%(asctime)s %(message)s"
+    else:
+        handlers = [logging.StreamHandler()]
+        handlers[0].setLevel(logging.ERROR)
+        style = f"rank {world.rank}: %(message)s"
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(style))
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()

@@ -1,0 +1,83 @@
+"""From a batch to its loss: everything random about a sample is drawn here, from (seed, n) alone.
+
+The maths of the loss is drwkv.diffusion's, the random numbers are rng.py's, the samples come from drwkv.data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from drwkv import latents, rng
+from drwkv.data.loader import Batch
+from drwkv.data.manifest import Manifest
+from drwkv.diffusion.gaussian import GaussianProcess
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one micro-batch of B samples asks of the model."""
+
+    x0: Tensor  # (B, C, H, W) clean pixels in [-1, 1] or scaled latents
+    x_t: Tensor  # (B, C, H, W) noised to t
+    t: Tensor  # (B,) int64 timesteps
+    eps: Tensor  # (B, C, H, W) standard normal
+    y: Tensor | None  # (B,) int64 labels, num_classes where dropped; None without classes
+    keep: Tensor | None  # (L, B) stochastic depth: 0 or 1 / keep probability; None if no block is ever dropped
+
+
+class Objective:
+    """Draws the inputs of a batch and computes its per-sample losses."""
+
+    def __init__(
+        self,
+        process: GaussianProcess,
+        model: nn.Module,
+        manifest: Manifest,
+        *,
+        seed: int,
+        label_drop: float,
+        device: torch.device,
+    ) -> None:
+        self._process, self._seed, self._label_drop, self._device = process, seed, label_drop, device
+        self._num_classes: int | None = model.num_classes  # type: ignore[assignment]
+        self._scale, self._shift = manifest.scale, manifest.shift
+        rates = torch.tensor(model.drop_path_rates, dtype=torch.float32, device=device)
+        self._keep_probability = (1.0 - rates)[:, None] if bool((rates > 0).any()) else None
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """Clean samples, timesteps, noise, labels and keep masks of `batch`, on the device."""
+        n = batch.n.to(self._device, non_blocking=True)
+        x0 = self._clean(batch.x.to(self._device, non_blocking=True), n)
+        t = rng.integers(self._seed, rng.Purpose.TIMESTEP, n, self._process.num_timesteps)
+        eps = rng.normal(self._seed, rng.Purpose.NOISE, n, x0.shape[1:])
+        x_t = self._process.q_sample(x0, t, eps)
+        return Inputs(x0, x_t, t, eps, self._labels(batch, n), self._keep(n))
+
+    def losses(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        """Per-sample losses (B,) float32 of `model` on `inputs`."""
+        out = model(inputs.x_t, inputs.t, inputs.y, keep=inputs.keep)
+        return self._process.losses(out, inputs.x0, inputs.x_t, inputs.t, inputs.eps)["loss"]
+
+    def _clean(self, x: Tensor, n: Tensor) -> Tensor:
+        if self._scale is None or self._shift is None:
+            return latents.decode_pixels(x)
+        shape = (x.shape[1] // 2, *x.shape[2:])
+        eps = rng.normal(self._seed, rng.Purpose.POSTERIOR, n, shape)
+        return latents.sample_posterior(x, eps, scale=self._scale, shift=self._shift)
+
+    def _labels(self, batch: Batch, n: Tensor) -> Tensor | None:
+        if self._num_classes is None:
+            return None
+        y = batch.y.to(self._device, non_blocking=True)
+        dropped = rng.uniform(self._seed, rng.Purpose.LABEL_DROP, n, 1)[:, 0] < self._label_drop
+        return torch.where(dropped, self._num_classes, y)
+
+    def _keep(self, n: Tensor) -> Tensor | None:
+        if self._keep_probability is None:
+            return None
+        num_blocks = len(self._keep_probability)
+        u_LB = rng.uniform(self._seed, rng.Purpose.STOCHASTIC_DEPTH, n, num_blocks).T
+        return (u_LB < self._keep_probability) / self._keep_probability

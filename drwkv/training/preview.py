@@ -1,0 +1,54 @@
+"""Sample grids while a run goes on: drawn from the EMA, shared out over the ranks. Whole sample sets: sample_dist.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from drwkv.diffusion.gaussian import GaussianProcess
+from drwkv.evaluation.report import tile
+from drwkv.latents import encode_pixels
+from drwkv.models.config import ModelConfig
+from drwkv.parallel.distributed import World
+from drwkv.parallel.engine import Engine
+from drwkv.sampling import draw
+from drwkv.training.ema import Ema
+from drwkv.training.monitor import MonitorConfig
+
+ROWS_WITHOUT_CLASSES, MOST_ROWS = 8, 16
+
+
+class Preview:
+    """Draws the same images 0, 1, 2, ... of the run's seed each time, so that grids of two steps can be compared."""
+
+    def __init__(
+        self, process: GaussianProcess, config: MonitorConfig, model: ModelConfig, *, seed: int, world: World
+    ) -> None:
+        self._process, self._config, self._model = process, config, model
+        self._seed, self._world = seed, world
+
+    def draw(self, engine: Engine, ema: Ema) -> np.ndarray:
+        """One row a class (the first classes, if there are more than 16) -> uint8 (H, W, C) grid. Collective."""
+        num_classes, columns, shape = self._model.num_classes, self._config.grid_columns, self._model.shape
+        rows = min(num_classes or ROWS_WITHOUT_CLASSES, MOST_ROWS)
+        ids = torch.arange(rows * columns)
+
+        # Each rank draws as many, since a sharded model's forward is a collective: the last ones may be drawn twice.
+        share = -(-len(ids) // self._world.size)
+        mine = ids.roll(-self._world.rank * share)[:share].to(self._world.device)
+        engine.module.eval()
+        with ema.swapped_in():
+            x0 = draw(
+                engine.module,
+                self._process,
+                self._config.grid_sampler,
+                ids=mine,
+                labels=mine % rows if num_classes else None,
+                num_classes=num_classes,
+                shape=shape,
+                seed=self._seed,
+            )
+        engine.module.train()
+        images = np.concatenate(self._world.gather(encode_pixels(x0).cpu().numpy()))[: len(ids)]
+        by_class = images.reshape(columns, rows, *shape).swapaxes(0, 1).reshape(-1, *shape)
+        return tile(by_class.transpose(0, 2, 3, 1), columns=columns)

@@ -1,0 +1,62 @@
+"""What a run folder says of itself: the resolved config, the code and versions it ran with, and how it was stopped.
+
+Checkpoints are in checkpoint.py, numbers and pictures in monitor.py.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from drwkv.parallel.distributed import World
+
+log = logging.getLogger("drwkv")
+REQUEUE = "requeue"
+CONFIG = "config.yaml"
+PACKAGES = ("torch", "numpy", "diffusers", "safetensors", "webdataset", "triton")
+
+
+def begin(folder: Path, config: Any, world: World, *, step: int) -> None:
+    """Write config.yaml, add this start to starts.jsonl, and take away the request of an earlier stop."""
+    if not world.is_first:
+        return
+    (folder / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    (folder / REQUEUE).unlink(missing_ok=True)
+    start = {
+        "time": time.time(),
+        "step": step,
+        "world_size": world.size,
+        "device": str(world.device),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    with (folder / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(start) + "\n")
+    log.info("run %s: from step %d on %d processes (%s)", folder, step, world.size, world.device.type)
+
+
+def ask_requeue(folder: Path, world: World, *, reason: str, step: int) -> None:
+    """Leave the file that a job's wrapper acts on: the run is not finished and wants to be queued again."""
+    if world.is_first:
+        (folder / REQUEUE).write_text(json.dumps({"reason": reason, "step": step, "time": time.time()}) + "\n")
+        log.info("run %s: stopped by %s after step %d; the same command continues it", folder, reason, step)
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this code runs from, with `+changes` if it differs; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changes = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")

@@ -1,0 +1,136 @@
+"""All that changes in a run, in one place: weights, moments, EMA and counters. How it is stored: checkpoint.py."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from drwkv.parallel.engine import Engine
+from drwkv.training.checkpoint import Checkpoints, read_scalars
+from drwkv.training.ema import Ema
+from drwkv.training.health import NonFiniteRun
+from drwkv.training.monitor import StepRecord
+
+log = logging.getLogger("drwkv")
+FORMAT = 1
+
+
+@dataclass
+class TrainState:
+    """The state of a run.
+
+    Attributes:
+        step: batches taken so far, skipped ones included.
+        n: samples consumed so far; the whole state of the data stream.
+        skipped: windows [n0, n1) of samples that were consumed and not applied, rising.
+        identity: what must not change while the run goes on, by config key.
+    """
+
+    engine: Engine
+    ema: Ema
+    identity: dict[str, Any]
+    step: int = 0
+    n: int = 0
+    skipped: list[tuple[int, int]] = field(default_factory=list)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the state under one layout for all engines: model.*, ema.*, exp_avg.*, exp_avg_sq.*."""
+        found: dict[str, torch.Tensor] = {}
+        for name, parameter in self.engine.parameters.items():
+            moments = self.engine.optimizer.state[parameter]
+            found[f"model.{name}"] = parameter.detach()
+            found[f"ema.{name}"] = self.ema.tensors[name]
+            found[f"exp_avg.{name}"] = moments["exp_avg"]
+            found[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
+        return found
+
+    def scalars(self) -> dict[str, Any]:
+        """Everything else, as JSON takes it. Reads the count of applied updates from the device."""
+        return {
+            "format": FORMAT,
+            "step": self.step,
+            "n": self.n,
+            "updates": self._updates(),
+            "skipped": self.skipped,
+            "identity": self.identity,
+        }
+
+    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
+        """Take over what `scalars` returned, after the tensors were loaded in place."""
+        self.step, self.n = int(scalars["step"]), int(scalars["n"])
+        self.skipped = [(int(a), int(b)) for a, b in scalars["skipped"]]
+        for moments in self.engine.optimizer.state.values():
+            moments["step"].fill_(float(scalars["updates"]))
+        self.engine.refresh()
+
+    def note(self, record: StepRecord, skipped: bool) -> None:
+        """List the batch of a step that the device left out."""
+        if skipped:
+            self.list_skipped(record.n, record.n + record.num_samples)
+
+    def list_skipped(self, n0: int, n1: int) -> None:
+        """List the samples [n0, n1) as consumed and not applied; joins windows that touch."""
+        joined: list[tuple[int, int]] = []
+        for a, b in sorted([*self.skipped, (n0, n1)]):
+            if joined and a <= joined[-1][1]:
+                joined[-1] = (joined[-1][0], max(b, joined[-1][1]))
+            else:
+                joined.append((a, b))
+        self.skipped = joined
+
+    def leaves_out(self, batch_size: int) -> bool:
+        """Whether the next batch touches a window that is skipped; if so it is listed whole and passed over."""
+        n0, n1 = self.n, self.n + batch_size
+        if not any(a < n1 and n0 < b for a, b in self.skipped):
+            return False
+        self.list_skipped(n0, n1)
+        self.advance(batch_size)
+        return True
+
+    def advance(self, batch_size: int) -> None:
+        """Count one batch as consumed."""
+        self.step, self.n = self.step + 1, self.n + batch_size
+
+    def _updates(self) -> int:
+        return int(next(iter(self.engine.optimizer.state.values()))["step"].item())
+
+
+def resume(state: TrainState, checkpoints: Checkpoints, *, at_most_n: int | None = None) -> bool:
+    """Load the newest whole checkpoint into `state`, if there is one (with n <= `at_most_n`). Collective.
+
+    Raises ValueError if it belongs to a run of another meaning, or to another model.
+    """
+    found = checkpoints.newest(at_most_n)
+    if found is None:
+        return False
+    check_identity(read_scalars(found)["identity"], state.identity, where=str(found))
+    state.load_scalars(checkpoints.restore(found, state.tensors()))
+    log.info("continuing from %s: step %d, sample %d", found, state.step, state.n)
+    return True
+
+
+def go_back(state: TrainState, checkpoints: Checkpoints, bad_n: int) -> None:
+    """Return to the newest checkpoint from before sample `bad_n`, and list all from there to now as skipped.
+
+    Raises NonFiniteRun if there is none. Collective.
+    """
+    step, n = state.step, state.n
+    checkpoints.finish()
+    if not resume(state, checkpoints, at_most_n=bad_n):
+        raise NonFiniteRun(f"step {step}: not finite since sample {bad_n}, and there is no checkpoint from before")
+    state.list_skipped(bad_n, n)
+    log.warning("went back from step %d to step %d; samples %d to %d are skipped", step, state.step, bad_n, n)
+
+
+def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+    """ValueError for the first key that changes the meaning of the run and differs from the checkpoint's."""
+    for key in sorted(saved.keys() | now.keys()):
+        if saved.get(key) != now.get(key):
+            raise ValueError(
+                f"{where}: {key} was {saved.get(key)!r} and is {now.get(key)!r} now, which would change the run's "
+                "meaning: set it back, or give another run.folder"
+            )

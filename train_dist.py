@@ -1,0 +1,154 @@
+"""Train a model: `python train_dist.py --config configs/NAME.yaml key.sub=value ...`, the same under torchrun.
+
+The same command again continues the run, on any number of ranks; a finished run says so. Here are the set-up and the
+loop; every part of them stands in drwkv/.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from drwkv.config import TrainConfig, check_train, identity, load, run_command
+from drwkv.data.loader import Batch, TrainingData, open_data
+from drwkv.diffusion.gaussian import GaussianProcess
+from drwkv.models.config import from_config
+from drwkv.parallel import World, session, wrap
+from drwkv.training import optimizer, run_folder
+from drwkv.training.checkpoint import Checkpoints
+from drwkv.training.ema import Ema, decay_at
+from drwkv.training.health import Health, Signals
+from drwkv.training.monitor import Audit, Monitor, StepRecord, every, logging_to
+from drwkv.training.objective import Objective
+from drwkv.training.preview import Preview
+from drwkv.training.state import TrainState, go_back, resume
+
+log = logging.getLogger("drwkv")
+
+
+def train(config: TrainConfig) -> None:
+    """Run, or go on with, the training run that `config` describes, as one of the ranks that the launcher started.
+
+    Raises ValueError or FileNotFoundError for what the user can mend, before anything is written.
+    """
+    check_train(config)
+    wanted, parallel, folder = config.model, config.parallel, Path(config.run.folder)
+    data = open_data(
+        config.data, seed=config.run.seed, input_size=tuple(wanted.input_size), in_channels=wanted.in_channels,
+        num_classes=wanted.num_classes,
+    )  # fmt: skip
+    with session(timeout_sec=parallel.timeout_sec, cpu_threads=parallel.cpu_threads) as world:
+        with logging_to(folder, world), Signals() as signals:
+            _train(config, data, folder, world, signals)
+
+
+def _train(config: TrainConfig, data: TrainingData, folder: Path, world: World, signals: Signals) -> None:
+    run, batch_size = config.run, config.run.batch_size
+
+    # Set up.
+    torch.backends.cuda.matmul.allow_tf32 = config.parallel.tf32
+    model = from_config(config.model, seed=run.seed)
+    process = GaussianProcess(**vars(config.diffusion))
+    objective = Objective(
+        process, model, data.manifest, seed=run.seed, label_drop=run.label_drop, device=world.device
+    )
+    preview = Preview(process, config.monitor, config.model, seed=run.seed, world=world)
+    engine = wrap(model, partial(optimizer.build, config=config.optimizer), config.parallel, world)
+    ema = Ema(engine)
+    state = TrainState(engine, ema, identity(config, data.identity()))
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint, world)
+    resume(state, checkpoints)
+    if state.step >= run.total_steps:
+        log.info("run %s is finished: %d of %d steps are done", folder, state.step, run.total_steps)
+        return
+    run_folder.begin(folder, config, world, step=state.step)
+    health = Health(config.health, world, signals)
+    audit = Audit(folder / "audit", world, enabled=run.audit, step=state.step)
+    monitor = Monitor(
+        folder, config.monitor, world, total_steps=run.total_steps, step=state.step,
+        on_record=[state.note, health.note],
+    )  # fmt: skip
+    loader = data.loader(batch_size=batch_size, rank=world.rank, world_size=world.size, accumulate=run.accumulate)
+    stream = loader.batches(state.n)
+
+    # Train.
+    stop_signal: str | None = None
+    while state.step < run.total_steps:
+        # Fetch, and hear from all ranks whether to go on.
+        micro_batches = health.guard(lambda: next(stream))
+        health.note_error(checkpoints.failure())
+        if stop_signal := health.agree():
+            break
+        if state.leaves_out(batch_size):
+            monitor.left_out(state.step - 1, state.n - batch_size, batch_size)
+            continue
+
+        # Take the step; hear what became of the one before.
+        assert micro_batches is not None
+        monitor.record(_step(config, state, objective, audit, micro_batches))
+        state.advance(batch_size)
+
+        # Go back over steps that were not finite.
+        if (bad_n := health.must_go_back()) is not None:
+            monitor.flush()
+            go_back(state, checkpoints, bad_n)
+            monitor.rewind(state.step)
+            audit.rewind(state.step)
+            stream.close()
+            stream = loader.batches(state.n)
+            continue
+
+        # Save and show.
+        if checkpoints.due(state.step):
+            monitor.flush()
+            checkpoints.save(state.step, state.tensors(), state.scalars(), wait=False)
+        if every(state.step, config.monitor.grid_every_steps):
+            monitor.grid(state.step, preview.draw(engine, ema))
+
+    # Save the end, or what a signal has ended.
+    stream.close()
+    monitor.close()
+    audit.close()
+    checkpoints.save(state.step, state.tensors(), state.scalars(), wait=True)
+    if stop_signal:
+        run_folder.ask_requeue(folder, world, reason=stop_signal, step=state.step)
+
+
+def _step(
+    config: TrainConfig, state: TrainState, objective: Objective, audit: Audit, micro_batches: Sequence[Batch]
+) -> StepRecord:
+    """Forward, backward, optimizer and EMA on this rank's share of one global batch, without waiting for the device."""
+    engine, batch_size = state.engine, config.run.batch_size
+
+    # Add up the gradient of the mean loss over the global batch.
+    loss = torch.zeros((), device=engine.world.device)
+    for i, batch in enumerate(micro_batches):
+        inputs = objective.inputs(batch)
+        audit.write(state.step, batch.n, batch.sample_id, inputs.x_t)
+        with engine.micro_step(last=i == len(micro_batches) - 1):
+            share = objective.losses(engine.module, inputs).sum() / batch_size
+            engine.backward(share)
+        loss += share.detach()
+    engine.world.sum_(loss)
+
+    # Run optimizer and update the average, unless something is not finite.
+    lr = optimizer.learning_rate(config.optimizer, state.step)
+    norm = engine.clip_grad_norm(config.optimizer.max_grad_norm)
+    found_inf = 1.0 - (torch.isfinite(norm) & torch.isfinite(loss)).float()
+    engine.step(lr, found_inf)
+    state.ema.update(decay_at(config.ema, state.step), found_inf)
+    return StepRecord(state.step, state.n, batch_size, lr, loss, norm, found_inf)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line: returns the exit code."""
+    train(load(TrainConfig, arguments))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
