@@ -57,8 +57,8 @@ def split(labels: np.ndarray, *, test_fraction: float, seed: int) -> tuple[np.nd
         num_test = int(test_fraction * len(members) + 0.5)
         if not 0 < num_test < len(members):
             raise ValueError(
-                f"--test-fraction {test_fraction} takes {num_test} of the {len(members)} images of class {label} "
-                "for the test split; give a fraction that leaves both splits some"
+                f"--test-fraction {test_fraction} takes {num_test} of the {len(members)} images of class "
+                f"{label} for the test split; give a fraction that leaves both splits some"
             )
         is_test[members[np.argsort(words[members], kind="stable")[:num_test]]] = True
     return np.flatnonzero(~is_test), np.flatnonzero(is_test)
@@ -77,7 +77,6 @@ def write_split(
     _, channels, height, width = images.shape
     manifest = Manifest(
         kind="pixels",
-        num_samples=len(positions),
         num_classes=NUM_CLASSES,
         channels=channels,
         height=height,
@@ -85,23 +84,13 @@ def write_split(
         resolution=height,
         crop="none",
         dtype="uint8",
-        has_flip=False,
-        vae_id=None,
-        vae_hash=None,
-        scale=None,
-        shift=None,
         seed=seed,
         samples_per_shard=samples_per_shard,
-        source_hash="",
-        index_hash="",
     )
     names = [f"sklearn-digits/{i:04d}" for i in positions.tolist()]
     writer = ShardSetWriter(out, names=names, labels=labels[positions], manifest=manifest)
-    was_committed = writer.committed()
-    for shard in writer.missing():
-        writer.write(shard, ({"img.npy": images[positions[i]]} for i in writer.sources_of(shard)))
-    writer.commit()
-    done = "finished already" if was_committed else "written"
+    done = "finished already" if writer.committed() else "written"
+    writer.write_arrays({"img.npy": images[positions]})
     what = f"{len(names)} images of {height}x{width}, {NUM_CLASSES} classes, {writer.num_shards} shards"
     return f"{out}: {done}: {what}"
 

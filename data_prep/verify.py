@@ -50,7 +50,8 @@ def verify(path: str) -> str:
     spread = f"{counts.min()} to {counts.max()} each" if m.num_classes else "unlabelled"
     return (
         f"{path}: sound: {shards.num_samples} samples in {len(shards.shard_names)} shards, "
-        f"{m.kind} {shape} {m.dtype}, {m.num_classes} classes, {spread}, mean {mean:.4g}, std {std:.4g}, index {shards.index_hash[:12]}"
+        f"{m.kind} {shape} {m.dtype}, {m.num_classes} classes, {spread}, "
+        f"mean {mean:.4g}, std {std:.4g}, index {shards.index_hash[:12]}"
     )
 
 

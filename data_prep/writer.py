@@ -10,12 +10,13 @@ The layout is drwkv.data.manifest's. Where samples come from is digits.py's (and
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -54,10 +55,11 @@ class ShardSetWriter:
 
         writer = ShardSetWriter(out, names=names, labels=labels, manifest=manifest)
         for shard in writer.missing():
-            writer.write(shard, ({"img.npy": images[i]} for i in writer.sources_of(shard)))
+            writer.write(shard, ({"img.npy": load(names[i])} for i in writer.sources_of(shard)))
         writer.commit()
 
-    Raises ValueError when `out` holds another set, or files that are not of a set.
+    or by `writer.write_arrays({"img.npy": images})` where all fits in memory. Raises ValueError when `out`
+    holds another set, or files that are not of a set.
     """
 
     def __init__(
@@ -99,23 +101,21 @@ class ShardSetWriter:
 
         Raises ValueError naming the source when an array is not what the manifest says, or not finite.
         """
-        row, temporary = self.first_row(shard), self._temporary(self.shard_name(shard))
-        keys: list[str] = []
-        with open(temporary, "wb") as file:
-            with TarWriter(file, user="", group="", mode=0o444, mtime=0, encoder=False) as tar:
-                for source, arrays in zip(self.sources_of(shard).tolist(), samples, strict=True):
-                    self._check_arrays(arrays, self.names[source])
-                    keys.append(f"{row + len(keys):09d}")
-                    sample: dict[str, object] = {name: layout.npy_bytes(a) for name, a in arrays.items()}
-                    sample |= {"__key__": keys[-1], layout.LABEL_MEMBER: b"%d" % self.labels[source]}
-                    tar.write(sample)
-            _sync(file)
-        found, rows = index_tar(temporary, shard=shard, members=self.manifest.members)
-        assert found == keys, f"{temporary}: wrote keys {keys[:3]}..., reads back {found[:3]}..."
+        temporary = self._temporary(self.shard_name(shard))
+        with self._unless_committed():
+            keys = self._write_tar(temporary, shard, samples)
+            found, rows = index_tar(temporary, shard=shard, members=self.manifest.members)
+            assert found == keys, f"{temporary}: wrote keys {keys[:3]}..., reads back {found[:3]}..."
+            # The sidecar first: where there is a finished shard, there are its rows.
+            self._publish(layout.npy_bytes(rows), self._part(shard))
+            self._rename(temporary, self.out / self.shard_name(shard))
 
-        # The sidecar first: where there is a finished shard, there are its rows.
-        self._publish(layout.npy_bytes(rows), self._part(shard))
-        self._rename(temporary, self.out / self.shard_name(shard))
+    def write_arrays(self, arrays: Mapping[str, np.ndarray]) -> Manifest:
+        """Write what is missing of the whole set and commit; `arrays` holds each member of all sources (M, ...)."""
+        for shard in self.missing():
+            samples = ({name: array[i] for name, array in arrays.items()} for i in self.sources_of(shard))
+            self.write(shard, samples)
+        return self.commit()
 
     def commit(self) -> Manifest:
         """Gather the sidecars into the index and write the manifest, last; does nothing when that is done."""
@@ -125,18 +125,46 @@ class ShardSetWriter:
                     f"{self.out}: {len(missing)} of {self.num_shards} shards are not written yet "
                     f"(first: {self.shard_name(missing[0])}); write them before the commit"
                 )
-            parts = [self._rows_of(shard) for shard in range(self.num_shards)]
-            sources = "".join(f"{self.names[i]}\n" for i in self._permutation.tolist()).encode()
-            shard_list = layout.shard_list_to_json(
-                [self._entry(shard, rows) for shard, rows in enumerate(parts)], layout.sha256(sources)
-            ).encode()
-            self._publish(sources, self.out / layout.SOURCES_NAME)
-            self._publish(layout.npy_bytes(np.concatenate(parts)), self.out / layout.ROWS_NAME)
-            self._publish(shard_list, self.out / layout.SHARD_LIST_NAME)
-            whole = dataclasses.replace(self.manifest, index_hash=layout.sha256(shard_list))
-            self._publish(whole.to_json().encode(), self.out / layout.MANIFEST_NAME)
+            with self._unless_committed():
+                self._write_index()
         self._clean()
         return layout.read_manifest(self.out)
+
+    def _write_tar(
+        self, file_name: Path, shard: int, samples: Iterable[Mapping[str, np.ndarray]]
+    ) -> list[str]:
+        """The shard's samples as a synced tar; returns their keys."""
+        keys: list[str] = []
+        with open(file_name, "wb") as file:
+            with TarWriter(file, user="", group="", mode=0o444, mtime=0, encoder=False) as tar:
+                for source, arrays in zip(self.sources_of(shard).tolist(), samples, strict=True):
+                    self._check_arrays(arrays, self.names[source])
+                    keys.append(f"{self.first_row(shard) + len(keys):09d}")
+                    sample: dict[str, object] = {name: layout.npy_bytes(a) for name, a in arrays.items()}
+                    sample |= {"__key__": keys[-1], layout.LABEL_MEMBER: b"%d" % self.labels[source]}
+                    tar.write(sample)
+            _sync(file)
+        return keys
+
+    def _write_index(self) -> None:
+        parts = [self._rows_of(shard) for shard in range(self.num_shards)]
+        sources = "".join(f"{self.names[i]}\n" for i in self._permutation.tolist()).encode()
+        entries = [self._entry(shard, rows) for shard, rows in enumerate(parts)]
+        shard_list = layout.shard_list_to_json(entries, layout.sha256(sources)).encode()
+        self._publish(sources, self.out / layout.SOURCES_NAME)
+        self._publish(layout.npy_bytes(np.concatenate(parts)), self.out / layout.ROWS_NAME)
+        self._publish(shard_list, self.out / layout.SHARD_LIST_NAME)
+        whole = dataclasses.replace(self.manifest, index_hash=layout.sha256(shard_list))
+        self._publish(whole.to_json().encode(), self.out / layout.MANIFEST_NAME)
+
+    @contextlib.contextmanager
+    def _unless_committed(self) -> Iterator[None]:
+        """Another worker that did the same and ended the whole set takes our temporary files away: no error."""
+        try:
+            yield
+        except FileNotFoundError:
+            if not self.committed():
+                raise
 
     def _begin(self) -> None:
         """Claim the folder for this plan, or find out that it holds another."""
@@ -215,12 +243,7 @@ class ShardSetWriter:
         self._rename(temporary, target)
 
     def _rename(self, temporary: Path, target: Path) -> None:
-        try:
-            os.replace(temporary, target)
-        except FileNotFoundError:
-            if self.committed():  # another worker did this unit too, and ended the whole set
-                return
-            raise
+        os.replace(temporary, target)
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

@@ -63,7 +63,7 @@ def build(path: str | Path, which: str = "ema") -> nn.Module:
 
 
 def save_weights(path: str | Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write weights and the model's `config` (keyword arguments of `create`) to a `.safetensors`, atomically."""
+    """Write weights and the model's `config` (arguments of `create`) to a `.safetensors`, atomically."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: weights are written as .safetensors; choose that ending")
@@ -88,14 +88,14 @@ def infer_config(weights: Mapping[str, Tensor], source: str | Path = "weights") 
         if name not in weights:
             raise ValueError(f"{source}: no tensor {name!r}; these are not Diffusion-RWKV weights")
         if weights[name].ndim != ndim:
-            raise ValueError(f"{source}: {name} has shape {tuple(weights[name].shape)}, expected {ndim} dimensions")
+            raise ValueError(f"{source}: {name} is {tuple(weights[name].shape)}; expected {ndim} dimensions")
         return tuple(weights[name].shape)
 
     hidden_size, in_channels, patch_size, _ = shape("patch_embed.proj.weight", 4)
     _, tokens, _ = shape("pos_embed", 3)
     side = math.isqrt(tokens)
     if side**2 != tokens:
-        raise ValueError(f"{source}: {tokens} positions are no square grid, and a .pt does not say which other")
+        raise ValueError(f"{source}: {tokens} positions are no square grid, and a .pt names no other")
     out_channels, left_over = divmod(shape("final_layer.linear.weight", 2)[0], patch_size**2)
     if left_over or out_channels not in (in_channels, 2 * in_channels):
         raise ValueError(
@@ -127,7 +127,7 @@ def _read_pickle(path: Path) -> Any:
         culprit = re.search(r"(?:GLOBAL|Unsupported \w+|class) (\S+)", str(error))
         named = f" ({culprit[1]})" if culprit else ""
         raise ValueError(
-            f"{path}: refused; it holds objects other than tensors{named}, or is no weights file. Nothing was run"
+            f"{path}: refused, nothing was run: holds objects other than tensors{named}, or no torch file"
         ) from error
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{path}: damaged or no torch file: {str(error).splitlines()[0]}") from error
@@ -135,10 +135,14 @@ def _read_pickle(path: Path) -> Any:
 
 def _pick_weights(content: Any, which: str, path: Path) -> Weights:
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}; expected a dict of tensors, or of 'ema', 'model'")
+        raise ValueError(
+            f"{path}: holds a {type(content).__name__}; expected tensors, or 'ema' and 'model', by name"
+        )
     if not any(isinstance(value, Tensor) for value in content.values()):
         if not isinstance(content.get(which), dict):
-            raise ValueError(f"{path}: has no {which!r} weights; it holds {', '.join(map(str, content)) or 'nothing'}")
+            raise ValueError(
+                f"{path}: has no {which!r} weights; it holds {_listed([*map(str, content)]) or 'nothing'}"
+            )
         content = content[which]
     strays = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
     if strays:
@@ -155,7 +159,10 @@ def _read_safetensors(path: Path) -> tuple[Weights, dict[str, Any]]:
         raise ValueError(f"{path}: damaged or no safetensors file: {error}") from error
     if "config" not in metadata:
         raise ValueError(f"{path}: has no 'config' in its metadata; write it with drwkv.convert")
-    config = json.loads(metadata["config"])
+    try:
+        config = json.loads(metadata["config"])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: its 'config' is no JSON: {error}") from error
     size = config.get("input_size")
     return weights, config | {"input_size": tuple(size) if isinstance(size, list) else size}
 
@@ -193,7 +200,7 @@ def _listed(items: Sequence[str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert one file; say in one line what was written, or what is wrong (exit code 2)."""
-    parser = argparse.ArgumentParser(prog="python -m drwkv.convert", description="released .pt -> .safetensors")
+    parser = argparse.ArgumentParser(prog="python -m drwkv.convert", description="weights to .safetensors")
     parser.add_argument("src", metavar="SRC", help=".pt of the public release, or .safetensors")
     parser.add_argument("dst", metavar="DST", help=".safetensors to write")
     parser.add_argument("--which", choices=("ema", "model"), default="ema", help="weights to take from a .pt")

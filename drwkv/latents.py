@@ -1,7 +1,9 @@
 """Between what is stored and what the model sees: pixels as floats, latents out of moments, and the VAE.
 
 Scale and shift are data: they come from the VAE's own config, stand in the shard set's manifest, and are
-handed in here; no constant stands in the code. Shape suffixes: B batch, C channels, H W pixels, h w latent pixels.
+handed in here; no constant stands in the code.
+
+Shape suffixes: B batch, C channels, H W pixels, h w latent pixels.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ def vae_scaling(vae: Any) -> tuple[float, float]:
 
 @torch.no_grad()
 def decode_latents(vae: Any, z_BChw: Tensor, *, scale: float, shift: float) -> Tensor:
-    """The model's latents (B, C, h, w) -> images (B, 3, H, W) float32, about [-1, 1]; runs in the VAE's dtype."""
+    """The model's latents (B, C, h, w) -> images (B, 3, H, W) float32, about [-1, 1]; in the VAE's dtype."""
     latents = z_BChw.float() / scale + shift
     return vae.decode(latents.to(vae.dtype)).sample.float()
 

@@ -96,7 +96,8 @@ class Loader:
     def batches(self, start: int) -> Iterator[list[Batch]]:
         """Micro-batches of [start, start + batch_size), then of the next, for ever.
 
-        What a thread raises is raised here, at the batch that it belongs to. Closing the generator ends its threads.
+        What a thread raises is raised here, at the batch that it belongs to. Closing the generator ends its
+        threads.
         """
         if start < 0:
             raise ValueError(f"the loader was to start at n = {start}, it must be 0 or more")
@@ -251,5 +252,5 @@ def check_flips(sets: Sequence[ShardSet]) -> None:
         if shard_set.manifest.kind == "moments" and not shard_set.manifest.has_flip:
             raise ValueError(
                 f"config key 'data.flip' is true, but {shard_set.path} holds no moments of mirrored images "
-                "(has_flip is false), and a latent is never flipped: set data.flip=false, or encode with flips"
+                "(has_flip is false), and a latent is never flipped: set data.flip=false, or encode those too"
             )

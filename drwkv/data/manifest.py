@@ -46,7 +46,6 @@ class Manifest:
     """All that a trainer must know of a shard set before it reads a sample."""
 
     kind: str  # "pixels" (uint8 images) or "moments" (float16 mean and log-variance of a VAE)
-    num_samples: int  # samples in the set
     num_classes: int  # labels are 0..num_classes-1; 0: unlabelled, every label is 0
     channels: int  # channels of the model's input: moments hold twice as many
     height: int  # rows of the stored array
@@ -54,15 +53,16 @@ class Manifest:
     resolution: int  # height of the images in pixels
     crop: str  # how the images were cropped: "none" or "adm-center"
     dtype: str  # numpy name of the stored type: "uint8" or "float16"
-    has_flip: bool  # whether moments of the mirrored image are stored too
-    vae_id: str | None  # folder or hub name of the VAE; None for pixels
-    vae_hash: str | None  # sha256 of the VAE's weights; None for pixels
-    scale: float | None  # latents are (z - shift) * scale; None for pixels
-    shift: float | None  # see scale; None for pixels
     seed: int  # key of the permutation that dealt the samples out to shards
     samples_per_shard: int  # most samples in one shard
-    source_hash: str  # sha256 of the source list: names and labels
-    index_hash: str  # sha256 of index/shards.json; empty until committed
+    has_flip: bool = False  # whether moments of the mirrored image are stored too
+    vae_id: str | None = None  # folder or hub name of the VAE; None for pixels
+    vae_hash: str | None = None  # sha256 of the VAE's weights; None for pixels
+    scale: float | None = None  # latents are (z - shift) * scale; None for pixels
+    shift: float | None = None  # see scale; None for pixels
+    num_samples: int = 0  # samples in the set; the writer fills it in
+    source_hash: str = ""  # sha256 of the source list, names and labels; the writer fills it in
+    index_hash: str = ""  # sha256 of index/shards.json; the commit fills it in
     format: int = FORMAT_VERSION  # version of this layout
 
     @property

@@ -103,7 +103,7 @@ class ShardSet:
             if wrong.size:
                 raise ValueError(
                     f"{file}: sample {self._first_rows[shard] + wrong[0]} has label "
-                    f"{rows['label'][wrong[0]]}, but the manifest allows 0..{top} (num_classes {self.num_classes})"
+                    f"{rows['label'][wrong[0]]}, but the manifest allows 0..{top}"
                 )
             self._rows_checked[shard] = True
         return rows
@@ -188,7 +188,8 @@ class ShardSet:
         problem = ""
         for _ in range(READ_ATTEMPTS):
             try:
-                data = os.pread(self._files.get(shard).fd, size, offset)
+                file = self._files.get(shard)  # held while it is read, or another thread may close it
+                data = os.pread(file.fd, size, offset)
             except OSError as error:
                 problem = f"cannot be read ({error.strerror})"
             else:
@@ -254,7 +255,8 @@ class ShardSet:
         if self._first_rows[-1] != self.num_samples:
             list_file = Path(self.path) / layout.SHARD_LIST_NAME
             raise ValueError(
-                f"{list_file}: the shards hold {self._first_rows[-1]} samples, but {layout.MANIFEST_NAME} says {self.num_samples}; write the index again"
+                f"{list_file}: the shards hold {self._first_rows[-1]} samples, but "
+                f"{layout.MANIFEST_NAME} says {self.num_samples}; write the index again"
             )
         return np.asarray(rows)
 

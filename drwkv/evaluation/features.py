@@ -88,4 +88,4 @@ class SvmClassifier:
         if self._like is None:
             raise ValueError("the SVM is not fitted: call fit(images, labels) first")
         features = pixel_features(check_images(images, "the", like=self._like))
-        return self._svm.predict(features).astype(np.int64)
+        return np.asarray(self._svm.predict(features), dtype=np.int64)

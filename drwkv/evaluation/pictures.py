@@ -46,6 +46,7 @@ def grid_image(
     if columns < 1 or (scale is not None and scale < 1):
         raise ValueError(f"grid with columns={columns}, scale={scale}: give 1 or more")
     if labels is None:
+        columns = min(columns, len(images))
         return _grid([("", images[i : i + columns]) for i in range(0, len(images), columns)], columns, scale)
     if labels.shape != (len(images),):
         raise ValueError(
@@ -131,7 +132,7 @@ def curve_svg(points: Sequence[tuple[float, float]], *, width: int = 720, height
     x, y, smooth = (_averaged(a, CURVE_POINTS) for a in (x, y, smooth))
     log = bool((y > 0).all())
     left, top, right, bottom = 56, 10, width - 12, height - 30
-    low, high = float(y.min()), float(y.max())
+    low, high = float(min(y.min(), smooth.min())), float(max(y.max(), smooth.max()))
     if high == low:
         low, high = (low / 2, high * 2) if log else (low - 1, high + 1)
 
@@ -158,7 +159,7 @@ def curve_svg(points: Sequence[tuple[float, float]], *, width: int = 720, height
     for tick in _ticks(float(x[0]), float(x[-1]), False):
         at = float(place_x(np.array(tick)))
         parts.append(
-            f'<text x="{at:.1f}" y="{height - 12}" font-size="11" text-anchor="middle">{tick:g}</text>'
+            f'<text x="{at:.1f}" y="{height - 12}" font-size="11" text-anchor="middle">{tick:,.10g}</text>'
         )
     return "".join([*parts, line(y, "#a9c4e4", 1), line(smooth, "#1f4e8c", 1.8), "</svg>"])
 
@@ -172,9 +173,9 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _averaged(values: np.ndarray, count: int) -> np.ndarray:
-    return (
-        values if len(values) <= count else np.array([part.mean() for part in np.array_split(values, count)])
-    )
+    if len(values) <= count:
+        return values
+    return np.array([part.mean() for part in np.array_split(values, count)])
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
@@ -186,9 +187,6 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
         if len(ticks) >= 2:
             return ticks if len(ticks) <= 10 else ticks[:: math.ceil(len(ticks) / 10)]
     rough = (high - low) / 5
-    step = next(
-        m * 10.0 ** math.floor(math.log10(rough))
-        for m in (1, 2, 5, 10)
-        if m * 10.0 ** math.floor(math.log10(rough)) >= rough * (1 - 1e-9)
-    )
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
     return [round(k * step, 12) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]

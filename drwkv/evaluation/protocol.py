@@ -161,8 +161,8 @@ def evaluate(
         "features": "pixels in [0, 1]",
         "classifier": "SVM, RBF kernel, gamma 0.256 on pixels in [0, 1], C = 1, fitted on the training split",
         "reference": "the held-out split",
-        "floor": "held-out images for class agreement and copies; for the rest training images, the first of each "
-        "class, as many as the samples have, against the held-out split",
+        "floor": "held-out images for class agreement and copies; for the rest training images, the first of "
+        "each class, as many as the samples have, against the held-out split",
         "neighbours": neighbours,
         "near_copy_percentile": percentile,
         "near_copy_threshold": copies.threshold,

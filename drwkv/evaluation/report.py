@@ -29,12 +29,14 @@ from drwkv.evaluation.protocol import Evaluation
 
 __all__ = ["ReportFiles", "save_grid", "write_report"]
 
+STRIP_PIXELS = 24  # tiny images in the strip of a class are enlarged to about this
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color:
-#222 } table { border-collapse: collapse; margin: .5rem 0 } th, td { padding: .2rem .8rem .2rem 0;
-text-align: left } th { border-bottom: 1px solid #999 } td { border-bottom: 1px solid #eee } td.n {
-font-variant-numeric: tabular-nums } img { image-rendering: pixelated; max-width: 100% } small { color: #666
-} td img { display: block }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: .5rem 0 }
+th, td { padding: .2rem .8rem .2rem 0; text-align: left; border-bottom: 1px solid #ddd }
+td.n { font-variant-numeric: tabular-nums }
+img { image-rendering: pixelated; max-width: 100%; display: block }
+small { color: #666 }
 """
 
 
@@ -56,7 +58,7 @@ def write_report(
     title: str = "Samples",
     columns: int = 10,
 ) -> ReportFiles:
-    """Write report.json, report.html and grid.png into `folder`, each by rename, report.json last.
+    """Write report.json, report.html and grid.png into `folder`, each by rename, the JSON last.
 
     `run` says where the samples come from (checkpoint, weights, sampler, steps, guidance, seed, ...):
     JSON-able, kept in report.json as it is and shown on the page. `losses` are (step, loss); fewer than 2
@@ -64,9 +66,8 @@ def write_report(
     """
     folder = Path(folder)
     record = as_record(evaluation, run, title)
-    content = (
-        json.dumps(record, indent=2, allow_nan=False, default=_plain) + "\n"
-    )  # fails before anything is written
+    # Make all three before anything is written.
+    content = json.dumps(record, indent=2, allow_nan=False, default=_plain) + "\n"
     page = render_page(evaluation, losses=losses, run=run, title=title, columns=columns)
     samples = evaluation.samples
     grid = png_bytes(grid_image(samples.images, samples.labels, columns=columns))
@@ -135,21 +136,19 @@ def _metrics_table(evaluation: Evaluation) -> str:
                 metric.meaning,
             ]
         )
-    return _table(rows)
+    return _table(rows, head=True)
 
 
 def _class_table(evaluation: Evaluation, columns: int) -> str:
     samples = evaluation.samples
+    scale = max(1, round(STRIP_PIXELS / max(samples.images.shape[1:3])))
     rows = ["<tr><th>class</th><th>samples</th><th>agreement</th><th>real data</th><th></th></tr>"]
     for label, score in evaluation.per_class.items():
-        strip = png_data_uri(
-            tile_row(samples.images[samples.labels == label][: 2 * columns], scale=_strip_scale(samples))
-        )
-        cells = [str(label), str(score.count), _number(score.agreement), _number(score.floor)]
-        image = f'<img alt="samples of class {label}" src="{strip}">'
-        rows.append(
-            "<tr>" + "".join(f'<td class="n">{cell}</td>' for cell in cells) + f"<td>{image}</td></tr>"
-        )
+        strip = tile_row(samples.images[samples.labels == label][: 2 * columns], scale=scale)
+        image = f'<img alt="samples of class {label}" src="{png_data_uri(strip)}">'
+        numbers = [str(label), str(score.count), _number(score.agreement), _number(score.floor)]
+        cells = "".join(f'<td class="n">{number}</td>' for number in numbers)
+        rows.append(f"<tr>{cells}<td>{image}</td></tr>")
     return "<table>" + "\n".join(rows) + "</table>"
 
 
@@ -161,13 +160,14 @@ def _nearest_pairs(evaluation: Evaluation, columns: int) -> str:
     distances = ", ".join(_number(float(d)) for d in copies.distances[closest])
     return (
         f'<p><img alt="samples and their nearest training images" src="{png_data_uri(picture)}"></p>'
-        f"<p><small>RMS pixel distances: {distances}; a near copy: up to {_number(copies.threshold)}.</small></p>"
+        f"<p><small>RMS distances: {distances}; a near copy: up to {_number(copies.threshold)}.</small></p>"
     )
 
 
 def _loss_section(losses: Sequence[tuple[int, float]]) -> list[str]:
-    finite = [(step, loss) for step, loss in losses if np.isfinite(loss)]
-    left_out = f" ({len(losses) - len(finite)} not finite, left out)" if len(finite) < len(losses) else ""
+    by_step = dict(losses)
+    finite = sorted((step, loss) for step, loss in by_step.items() if np.isfinite(loss))
+    left_out = f" ({len(by_step) - len(finite)} not finite, left out)" if len(finite) < len(by_step) else ""
     if len(finite) < 2:
         return ["<h2>Training loss</h2>", f"<p>No curve: {len(finite)} finite losses{left_out}.</p>"]
     caption = f"{len(finite)} steps{left_out}, the last at step {finite[-1][0]}; dark: running mean"
@@ -175,16 +175,16 @@ def _loss_section(losses: Sequence[tuple[int, float]]) -> list[str]:
 
 
 def _settings_table(settings: Mapping[str, Any]) -> str:
-    return _table(
-        [["", ""], *([str(key).replace("_", " "), _setting(value)] for key, value in settings.items())]
-    )
+    rows = [[str(key).replace("_", " "), _setting(value)] for key, value in settings.items()]
+    return _table(rows, head=False)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def _table(rows: Sequence[Sequence[str]], *, head: bool) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    return "<table>" + "\n".join([line(rows[0], "th"), *(line(row, "td") for row in rows[1:])]) + "</table>"
+    lines = [line(row, "th" if head and r == 0 else "td") for r, row in enumerate(rows)]
+    return "<table>" + "\n".join(lines) + "</table>"
 
 
 def _setting(value: Any) -> str:
@@ -193,10 +193,6 @@ def _setting(value: Any) -> str:
 
 def _number(value: float | None) -> str:
     return "none" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}"
-
-
-def _strip_scale(samples: Any) -> int:
-    return max(1, round(24 / max(samples.images.shape[1:3])))
 
 
 def _plain(value: Any) -> Any:

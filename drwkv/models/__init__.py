@@ -10,7 +10,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -53,7 +53,7 @@ def options(name: str) -> dict[str, Any]:
     if name not in (known := names()):
         by_case = {other.lower(): other for other in known}
         nearest = difflib.get_close_matches(name.lower(), by_case, n=1, cutoff=0.0)[0]
-        raise ValueError(f"no model is called {name!r}; did you mean {by_case[nearest]!r}? (all: drwkv.models.names())")
+        raise ValueError(f"no model is called {name!r}; did you mean {by_case[nearest]!r}?")
     family, _, size_and_patch = name.partition("-")
     if not size_and_patch:
         return {}
@@ -79,7 +79,7 @@ def create(
 
     >>> model = create("DRWKV", input_size=8, in_channels=1, patch_size=2, hidden_size=64, depth=3)
 
-    Raises ValueError for an unknown name or option (naming the nearest known one) and for values out of range.
+    Raises ValueError for an unknown name or option, naming the nearest known one, and for impossible values.
     """
     arguments = options(name) | overrides
     build = FAMILIES[name.partition("-")[0]].build
@@ -91,13 +91,14 @@ def create(
     given = {"input_size": input_size, "in_channels": in_channels, "num_classes": num_classes, **arguments}
     missing = [key for key, p in known.items() if p.default is inspect.Parameter.empty and key not in given]
     if missing:
-        raise ValueError(f"{name} needs {', '.join(f'{key}=' for key in missing)} (or take a size, as {names()[-1]!r})")
+        raise ValueError(
+            f"{name} needs {'=, '.join(missing)}= (or take a named size, such as {names()[-1]!r})"
+        )
 
     # Build without values first, so that torch's own initialisation draws nothing.
     device = torch.get_default_device()
     with torch.device("meta"):
         model = build(**given)
     if device.type != "meta":
-        model = model.to_empty(device=device)
-        model.init_weights(seed)
+        cast(Any, model.to_empty(device=device)).init_weights(seed)
     return model

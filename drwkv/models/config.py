@@ -18,7 +18,7 @@ class ModelConfig:
     input_size: list[int] = field(default_factory=lambda: [32, 32])  # height and width of what the model sees
     in_channels: int = 4  # channels of what the model sees: 4 for most latents, 1 or 3 for pixels
     num_classes: int | None = None  # labels are 0..num_classes-1; None: unconditional
-    options: dict[str, Any] = field(default_factory=dict)  # further arguments of the family, e.g. depth, conditioning
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of the family, e.g. depth, skip
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -100,7 +100,7 @@ def layer_costs(
 
 
 def cost(model: nn.Module | Mapping[str, Any], input_size: int | tuple[int, int] | None = None) -> Cost:
-    """Parameters, multiply-adds and tokens of a model, or of its `config`, at an input size (None: native)."""
+    """Parameters, multiply-adds and tokens of a model, or of its `config`; input_size None: native."""
     config = model if isinstance(model, Mapping) else cast(_HasConfig, model).config
     layers = layer_costs(config, input_size)
     size = config["input_size"] if input_size is None else input_size
@@ -114,28 +114,30 @@ def cost(model: nn.Module | Mapping[str, Any], input_size: int | tuple[int, int]
 
 def table(model_names: Sequence[str], *, input_size: int, in_channels: int, num_classes: int | None) -> str:
     """A table of models with their parameters, tokens and multiply-adds at one input size."""
-    lines = [f"{'model':<12} {'parameters':>13} {'tokens':>7} {'GMAC/image':>11} {'TFLOP/image in training':>24}"]
+    lines = [
+        f"{'model':<12} {'parameters':>13} {'tokens':>7} {'GMAC/image':>11} {'training TFLOP/image':>21}"
+    ]
     for name in model_names:
         with torch.device("meta"):
             model = create(name, input_size=input_size, in_channels=in_channels, num_classes=num_classes)
         c = cost(model)
-        lines.append(
-            f"{name:<12} {c.num_params:>13,} {c.num_tokens:>7,} {c.num_macs / 1e9:>11.2f} {6e-12 * c.num_macs:>24.3f}"
-        )
+        gmac, tflop = c.num_macs / 1e9, 6e-12 * c.num_macs
+        lines.append(f"{name:<12} {c.num_params:>13,} {c.num_tokens:>7,} {gmac:>11.2f} {tflop:>21.3f}")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table of the models named on the command line, or of all sizes that divide the input."""
-    parser = argparse.ArgumentParser(prog="python -m drwkv.models.cost", description="parameters and multiply-adds")
+    parser = argparse.ArgumentParser(prog="python -m drwkv.models.cost", description="what models cost")
     parser.add_argument("models", nargs="*", metavar="MODEL", help="names such as DRWKV-H/2; none: all sizes")
     parser.add_argument("--input-size", type=int, default=32, help="height = width of the image or latent")
     parser.add_argument("--channels", type=int, default=4, help="channels of the image or latent")
     parser.add_argument("--classes", type=int, default=1000, help="0: unconditional")
     given = parser.parse_args(arguments)
-    chosen = given.models or [n for n in names() if "/" in n and given.input_size % int(n.partition("/")[2]) == 0]
+    size, num_classes = given.input_size, given.classes or None
+    chosen = given.models or [n for n in names() if "/" in n and size % int(n.partition("/")[2]) == 0]
     try:
-        print(table(chosen, input_size=given.input_size, in_channels=given.channels, num_classes=given.classes or None))
+        print(table(chosen, input_size=size, in_channels=given.channels, num_classes=num_classes))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,8 +1,9 @@
 """Diffusion-RWKV (arXiv 2404.04478): patches through bidirectional RWKV blocks with long skip connections.
 
 What other backbones share is in `layers.py`, initial values in `initial.py`, the operator in
-`drwkv.kernels.wkv`, names and sizes in `__init__.py`, costs in `cost.py`. Shape suffixes as in `layers.py`, and K conditioning tokens,
-L blocks. Parameters carry the names of the public release, so its weights load as they are.
+`drwkv.kernels.wkv`, names and sizes in `__init__.py`, costs in `cost.py`. Shape suffixes as in
+`layers.py`, and K conditioning tokens, L blocks. Parameters carry the names of the public release, so its
+weights load as they are.
 
 Block. With c = time embedding + label embedding, a skip from the mirrored shallow block, and the residual
 branches f_1 = SpatialMix and f_2 = ChannelMix:
@@ -179,8 +180,8 @@ class Block(nn.Module):
         self.att = SpatialMix(hidden_size, wkv_backend)
         self.ffn = ChannelMix(hidden_size, hidden_rate)
         if conditioning != "in-context":
-            num_vectors = 6 if conditioning == "adaln-zero" else 4
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, num_vectors * hidden_size))
+            width = (6 if conditioning == "adaln-zero" else 4) * hidden_size
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, width))
         concatenates = takes_skip and skip == "concat"
         self.skip_linear = nn.Linear(2 * hidden_size, hidden_size) if concatenates else None
 
@@ -232,7 +233,7 @@ def _residual(x_BTD: Tensor, gate: Tensor | None, branch_BTD: Tensor) -> Tensor:
 
 
 class DiffusionRWKV(nn.Module):
-    """Noisy image (B, C, H, W), timestep, label -> prediction (B, 2 C, H, W), or (B, C, H, W) without variance.
+    """Noisy image (B, C, H, W), timestep, label -> prediction (B, 2 C, H, W), or C channels without variance.
 
     `depth` d makes d // 2 shallow blocks, one in the middle and d // 2 deep ones, as in the release, so an
     even d counts as d + 1: `model.depth` is the true number L of blocks, and initial values and drop path
@@ -269,9 +270,11 @@ class DiffusionRWKV(nn.Module):
         if H % patch_size or W % patch_size:
             raise ValueError(f"input_size={H}x{W} must be divisible by patch_size={patch_size}")
         if conditioning not in get_args(Conditioning):
-            raise ValueError(f"conditioning={conditioning!r} must be one of {', '.join(get_args(Conditioning))}")
+            raise ValueError(
+                f"conditioning={conditioning!r}; expected one of {', '.join(get_args(Conditioning))}"
+            )
         if skip not in get_args(Skip):
-            raise ValueError(f"skip={skip!r} must be one of {', '.join(get_args(Skip))}")
+            raise ValueError(f"skip={skip!r}; expected one of {', '.join(get_args(Skip))}")
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate={drop_path_rate} must lie in [0, 1)")
 
@@ -351,7 +354,7 @@ class DiffusionRWKV(nn.Module):
         if t.shape != (B,):
             raise ValueError(f"t has shape {tuple(t.shape)}; expected ({B},), one timestep a sample")
         if keep is not None and keep.shape != (self.depth, B):
-            raise ValueError(f"keep has shape {tuple(keep.shape)}; expected ({self.depth}, {B}): blocks, samples")
+            raise ValueError(f"keep has shape {tuple(keep.shape)}; expected ({self.depth}, {B})")
         if self.num_classes is None:
             if y is not None:
                 raise ValueError("y was given to an unconditional model (num_classes=None); leave it out")
@@ -364,7 +367,7 @@ class DiffusionRWKV(nn.Module):
             low, high = int(y.min()), int(y.max())
             if low < 0 or high > self.num_classes:
                 raise ValueError(
-                    f"y holds labels {low}..{high}; expected 0..{self.num_classes - 1}, or {self.num_classes} for none"
+                    f"y holds labels {low}..{high}; expected 0..{self.num_classes} (the last: no label)"
                 )
 
     def blocks_in_order(self) -> list[nn.Module]:
@@ -383,7 +386,8 @@ class DiffusionRWKV(nn.Module):
             "in_channels", "num_classes", "patch_size", "hidden_size", "depth", "learn_variance",
             "conditioning", "skip", "drop_path_rate", "hidden_rate",
         )  # fmt: skip
-        return {"name": "DRWKV", "input_size": list(self.input_size)} | {key: getattr(self, key) for key in keys}
+        options = {key: getattr(self, key) for key in keys}
+        return {"name": "DRWKV", "input_size": list(self.input_size), **options}
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:

@@ -29,7 +29,7 @@ def draw_normal(seed: int, name: str, shape: Sequence[int], std: float, device: 
 
 
 def draw_xavier(seed: int, name: str, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Xavier's uniform bound sqrt(6 / (fan_in + fan_out)); a weight of more than 2 dimensions counts as (D, rest)."""
+    """Uniform within sqrt(6 / (fan_in + fan_out)) (Xavier); all dimensions but the first are fan_in."""
     fan_out, fan_in = shape[0], math.prod(shape[1:])
     return draw_uniform(seed, name, shape, math.sqrt(6.0 / (fan_in + fan_out)), device)
 

@@ -19,7 +19,7 @@ Grid = tuple[int, int]
 
 
 class PatchProjection(nn.Module):
-    """The linear map of flattened patches; its weight keeps the (D, C, p, p) shape of a strided convolution."""
+    """The linear map of flattened patches; its weight has the (D, C, p, p) shape of a strided convolution."""
 
     def __init__(self, in_channels: int, hidden_size: int, patch_size: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def unpatchify(x: Tensor, grid: Grid, patch_size: int) -> Tensor:
 
 
 def timestep_frequencies(t_B: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """[cos(t f_i), sin(t f_i)] with f_i = max_period^(-i / (dim/2)), (B, dim) float32; t may be fractional."""
+    """[cos(t f_i), sin(t f_i)], f_i = max_period^(-2 i / dim): (B, dim) float32, dim even, t any real."""
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=t_B.device)
     frequencies = torch.exp(exponents * (-math.log(max_period) / half))
@@ -72,13 +72,12 @@ class TimestepEmbed(nn.Module):
     def __init__(self, hidden_size: int, num_frequencies: int = 256) -> None:
         super().__init__()
         self.num_frequencies = num_frequencies
-        self.mlp = nn.Sequential(
-            nn.Linear(num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        first, second = nn.Linear(num_frequencies, hidden_size), nn.Linear(hidden_size, hidden_size)
+        self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
     def forward(self, t_B: Tensor) -> Tensor:
         frequencies = timestep_frequencies(t_B, self.num_frequencies)
-        return self.mlp(frequencies.to(self.mlp[0].weight.dtype))
+        return self.mlp(frequencies.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbed(nn.Module):
@@ -111,7 +110,7 @@ def sincos_positions(hidden_size: int, grid: Grid) -> Tensor:
 
 
 def resize_positions(positions_1TD: Tensor, native: Grid, grid: Grid) -> Tensor:
-    """Positions of the trained grid, taken to another one by bicubic interpolation; the same grid: unchanged."""
+    """Positions of the trained grid on another one by bicubic interpolation; on the same grid unchanged."""
     if grid == native:
         return positions_1TD
     field = positions_1TD.unflatten(1, native).permute(0, 3, 1, 2)

@@ -83,10 +83,9 @@ def _two_sided(s_BTC: Tensor, x_SBTC: Tensor, past: Sums, future: Sums, u_C: Ten
 
 
 def _log_keys(k_BTC: Tensor) -> Tensor:
-    """k - max_t k in float64; NaN for a whole (batch, channel) where k is not finite."""
+    """k - max_t k in float64. A k of -inf weighs nothing; a NaN or +inf makes its (batch, channel) NaN."""
     k = k_BTC.double()
-    top, bottom = k.amax(1, keepdim=True), k.amin(1, keepdim=True)
-    return k - (top + 0 * top + 0 * bottom)
+    return (k - k.amax(1, keepdim=True)).clamp_min(EMPTY)
 
 
 def forward(w_C: Tensor, u_C: Tensor, k_BTC: Tensor, v_BTC: Tensor) -> Tensor:

@@ -1,113 +1,178 @@
-"""Bi-WKV sums under one maximum per (batch, channel): two plain linear recurrences and the diagonal.
+"""Bi-WKV under one maximum per (batch, channel): two plain linear recurrences and the diagonal.
 
 Valid for channels with |w| T + |u| <= REACH; the others take `carried_maximum.py`. `torch.py` chooses.
 The equations are numbered in `README.md`.
-Shapes: S the pair (numerator, denominator), B batch, T tokens, C channels, R radix, N levels.
+Shapes: S the pair (numerator, denominator), B batch, T tokens, C channels, N scan levels, R radix of the scan.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 REACH = 60.0
 RADIX = 16
+BLOCK = 1 << 18  # elements of one (B, T, C) temporary; all temporaries of a block live in one workspace
 
 
-def powers_NRC(w_C: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
-    """exp(-w R^n r) for r = 1..R at every level n of the scan, evaluated in float64 so that it rounds once."""
-    levels, span = 1, 2 * RADIX
-    while span < num_tokens:
-        levels, span = levels + 1, span * RADIX
-    step = torch.arange(1, RADIX + 1, dtype=torch.float64, device=w_C.device)
-    step_NR = torch.stack([step * RADIX**n for n in range(levels)])
-    return torch.exp(-step_NR[:, :, None] * w_C.double()).to(dtype)
-
-
-def past_(x: Tensor, powers: Tensor) -> Tensor:
-    """In place x_t <- sum_{i<=t} exp(-(t-i) w) x_i over dim -2."""
-    num_tokens, radix = x.shape[-2], powers.shape[1]
-    chunk = num_tokens if num_tokens <= 2 * radix else radix
-    for t in range(1, chunk):
-        here = x[..., t::chunk, :]
-        here.addcmul_(x[..., t - 1 :: chunk, :][..., : here.shape[-2], :], powers[0, 0])
-    if chunk == num_tokens:
-        return x
-
-    # Carry the chunks' ends over the chunks, then into the tokens of the next chunk.
-    full = num_tokens // chunk
-    ends = past_(x[..., chunk - 1 :: chunk, :].contiguous(), powers[1:])
-    body = x[..., chunk : full * chunk, :].unflatten(-2, (full - 1, chunk))
-    body.addcmul_(ends[..., : full - 1, None, :], powers[0])
-    tail = x[..., full * chunk :, :]
-    tail.addcmul_(ends[..., -1:, :], powers[0, : tail.shape[-2]])
-    return x
-
-
-def future_(x: Tensor, powers: Tensor) -> Tensor:
-    """In place x_t <- sum_{i>=t} exp(-(i-t) w) x_i over dim -2."""
-    num_tokens, radix = x.shape[-2], powers.shape[1]
-    chunk = num_tokens if num_tokens <= 2 * radix else radix
-    for t in range(chunk - 2, -1, -1):
-        following = x[..., t + 1 :: chunk, :]
-        x[..., t::chunk, :][..., : following.shape[-2], :].addcmul_(following, powers[0, 0])
-    if chunk == num_tokens:
-        return x
-
-    # Carry the chunks' starts back over the chunks, then into the tokens of the chunk before.
-    starts = future_(x[..., ::chunk, :].contiguous(), powers[1:])
-    before = starts.shape[-2] - 1
-    body = x[..., : before * chunk, :].unflatten(-2, (before, chunk))
-    body.addcmul_(starts[..., 1:, None, :], powers[0].flip(0))
-    return x
-
-
-def _weighted_values(k_BTC: Tensor, v_BTC: Tensor, dtype: torch.dtype) -> Tensor:
-    """x = (e v, e) with e = exp(k - max_t k); NaN for a whole (batch, channel) where k is not finite."""
-    top, bottom = k_BTC.amax(1, keepdim=True).to(dtype), k_BTC.amin(1, keepdim=True).to(dtype)
-    m_B1C = top + 0 * top + 0 * bottom
-    x_SBTC = k_BTC.new_empty((2, *k_BTC.shape), dtype=dtype)
-    torch.exp(k_BTC - m_B1C, out=x_SBTC[1])
-    torch.mul(x_SBTC[1], v_BTC, out=x_SBTC[0])
-    return x_SBTC
-
-
-def _two_sided(x_SBTC: Tensor, past: Tensor, future: Tensor, bonus_C: Tensor) -> Tensor:
-    total_SBTC = x_SBTC * bonus_C
-    total_SBTC[:, :, 1:] += past[:, :, :-1]
-    total_SBTC[:, :, :-1] += future[:, :, 1:]
-    return total_SBTC
-
-
-def forward(w_C: Tensor, u_C: Tensor, k_BTC: Tensor, v_BTC: Tensor, dtype: torch.dtype) -> Tensor:
-    """y (B, T, C) in `dtype`."""
-    powers = powers_NRC(w_C, k_BTC.shape[1], dtype)
-    x = _weighted_values(k_BTC, v_BTC, dtype)
-    num, den = _two_sided(x, past_(x.clone(), powers), future_(x.clone(), powers), u_C.to(dtype).exp())
-    return num / den
+def forward(w_C: Tensor, u_C: Tensor, k_BTC: Tensor, v_BTC: Tensor, y_BTC: Tensor, dtype: torch.dtype) -> None:
+    """Write y, computing in `dtype`."""
+    powers, bonus_C, m_B1C = _tables(w_C, u_C, k_BTC, dtype)
+    for at, (x, x_past, x_future) in _blocks(k_BTC, dtype, 3):
+        c = at[2]
+        _weigh(k_BTC[at], v_BTC[at], m_B1C[at], x)
+        sum_past(x, powers[..., c], x_past)
+        sum_future(x, powers[..., c], x_future)
+        num, den = _add_diagonal(x_past.add_(x_future), x, bonus_C[c])
+        torch.div(num, den, out=y_BTC[at])
 
 
 def backward(
-    w_C: Tensor, u_C: Tensor, k_BTC: Tensor, v_BTC: Tensor, gy_BTC: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of w (C,), u (C,), k and v (B, T, C), in `dtype`."""
-    powers = powers_NRC(w_C, k_BTC.shape[1], dtype)
-    bonus_C = u_C.to(dtype).exp()
-    x = _weighted_values(k_BTC, v_BTC, dtype)
-    x_past, x_future = past_(x.clone(), powers), future_(x.clone(), powers)
-    num, den = _two_sided(x, x_past, x_future, bonus_C)
+    w_C: Tensor,
+    u_C: Tensor,
+    k_BTC: Tensor,
+    v_BTC: Tensor,
+    gy_BTC: Tensor,
+    gk_BTC: Tensor,
+    gv_BTC: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Write the gradients of k and v and return those of w and u (C,), computing in `dtype`."""
+    powers, bonus_C, m_B1C = _tables(w_C, u_C, k_BTC, dtype)
+    gw_C, gu_C = torch.zeros_like(bonus_C), torch.zeros_like(bonus_C)
+    for at, (x, x_past, x_future, g, g_past, g_future) in _blocks(k_BTC, dtype, 6):
+        c, bonus = at[2], bonus_C[at[2]]
+        _weigh(k_BTC[at], v_BTC[at], m_B1C[at], x)
+        _centre(v_BTC[at], x)
+        sum_past(x, powers[..., c], x_past)
+        sum_future(x, powers[..., c], x_future)
 
-    # g_t = gy_t / den_t and h_t = -g_t y_t are summed over the readers as (e v, e) is over the sources.
-    g = torch.empty_like(x)
-    torch.div(gy_BTC, den, out=g[0])
-    torch.mul(g[0], num.div_(den).neg_(), out=g[1])
-    grad_u_C = bonus_C * (g * x).sum((0, 1, 2))
-    g_past, g_future = past_(g.clone(), powers), future_(g.clone(), powers)
-    total = _two_sided(g, g_past, g_future, bonus_C)
-    grad_v = total[0] * x[1]
-    grad_k = total.mul_(x).sum(0)
+        # g_t = gy_t / den_t and h_t = -g_t y_t are summed over the readers as (e v, e) is over the sources.
+        num, den = _add_diagonal(torch.add(x_past, x_future, out=g_past), x, bonus)
+        torch.div(gy_BTC[at], den, out=g[0])
+        torch.mul(num.div_(den), g[0], out=g[1]).neg_()
+        gu_C[c] += torch.mul(g, x, out=g_past).sum((0, 1, 2)).mul_(bonus)
+        sum_past(g, powers[..., c], g_past)
+        sum_future(g, powers[..., c], g_future)
 
-    # Each token strictly between a source and its reader adds one to their distance.
-    between = (g_future[:, :, 2:] * x_past[:, :, :-2]).addcmul_(g_past[:, :, :-2], x_future[:, :, 2:])
-    grad_w = between.sum((0, 1, 2)) * -powers[0, 0]
-    return grad_w, grad_u_C, grad_k, grad_v
+        # Each token strictly between a source and its reader adds one to their distance.
+        between = x_past.mul_(g_future).addcmul_(x_future, g_past)
+        gw_C[c] -= between.sum((0, 1, 2)).mul_(powers[0, 1, c])
+
+        total = _add_diagonal(g_past.add_(g_future), g, bonus)
+        torch.mul(total[0], x[1], out=gv_BTC[at])
+        torch.add(*total.mul_(x), out=gk_BTC[at])
+    return gw_C, gu_C
+
+
+def _blocks(
+    k_BTC: Tensor, dtype: torch.dtype, count: int
+) -> Iterator[tuple[tuple[slice, slice, slice], Sequence[Tensor]]]:
+    """Cut (B, C) into blocks of about BLOCK elements, all tokens in each, with `count` temporaries (S, B, T, C)."""
+    batch, num_tokens, channels = k_BTC.shape
+    batch_step = max(1, BLOCK // (num_tokens * channels))
+    pieces = max(1, min(channels // 32, num_tokens * channels // BLOCK))
+    channel_step = -(-channels // pieces)
+    largest = min(batch, batch_step) * num_tokens * channel_step
+    workspace = k_BTC.new_empty((count, 2 * largest), dtype=dtype)
+    for b in range(0, batch, batch_step):
+        for c in range(0, channels, channel_step):
+            shape = (2, min(batch_step, batch - b), num_tokens, min(channel_step, channels - c))
+            numel = 2 * shape[1] * shape[2] * shape[3]
+            at = (slice(b, b + shape[1]), slice(None), slice(c, c + shape[3]))
+            yield at, workspace[:, :numel].view(count, *shape).unbind()
+
+
+def _tables(w_C: Tensor, u_C: Tensor, k_BTC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Powers exp(-w R^n r), r = 0..R, of every scan level (N, R + 1, C); exp(u) (C,); max_t k (B, 1, C)."""
+    levels, length = 1, k_BTC.shape[1]
+    while length > 2 * RADIX:
+        levels, length = levels + 1, length // RADIX + 1
+    # In float64: the rounding of one power would be raised to the power of the distance.
+    steps = [[[-float(r * RADIX**n)] for r in range(RADIX + 1)] for n in range(levels)]
+    steps_NR1 = torch.tensor(steps, dtype=torch.float64, device=w_C.device)
+    powers = torch.exp(steps_NR1 * w_C.double()).to(dtype)
+    return powers, u_C.to(dtype).exp(), k_BTC.amax(1, keepdim=True).to(dtype)
+
+
+def _weigh(k_BTC: Tensor, v_BTC: Tensor, m_B1C: Tensor, x_SBTC: Tensor) -> None:
+    """x = (e v, e) with e = exp(k - m)."""
+    weighted, e = x_SBTC
+    torch.sub(k_BTC, m_B1C, out=e).exp_()
+    torch.mul(e, v_BTC, out=weighted)
+
+
+def _centre(v_BTC: Tensor, x_SBTC: Tensor) -> None:
+    """x = (e (v - a), e) with a the mean of v under e: no gradient depends on a, and v_i - y_t cancels less."""
+    weighted, e = x_SBTC
+    mean_B1C = weighted.sum(1, keepdim=True) / e.sum(1, keepdim=True)
+    torch.sub(v_BTC, mean_B1C, out=weighted).mul_(e)
+
+
+def _add_diagonal(sums: Tensor, x: Tensor, bonus_C: Tensor) -> Tensor:
+    return sums.addcmul_(x, bonus_C)
+
+
+def sum_past(x: Tensor, powers: Tensor, out: Tensor) -> Tensor:
+    """out_t = sum_{i<t} exp(-(t-i-1) w) x_i over dim -2."""
+    num_tokens, step_C = x.shape[-2], powers[0, 1]
+    if num_tokens <= 2 * RADIX:
+        return _step_past(x, step_C, out)
+
+    # Sum inside the chunks; then scan their sums and give every chunk what lies before it.
+    (x_chunks, x_rest), (chunks, rest) = _cut(x), _cut(out)
+    _step_past(x_chunks, step_C, chunks)
+    _step_past(x_rest, step_C, rest)
+    full = chunks.shape[-3]
+    sums = x.new_empty((*x.shape[:-2], full + 1, x.shape[-1]))  # the last is not read
+    torch.addcmul(x_chunks[..., -1, :], chunks[..., -1, :], step_C, out=sums[..., :full, :])
+    before = sum_past(sums, powers[1:], torch.empty_like(sums))
+    chunks.addcmul_(before[..., :full, None, :], powers[0, :RADIX])
+    rest.addcmul_(before[..., full:, :], powers[0, : rest.shape[-2]])
+    return out
+
+
+def sum_future(x: Tensor, powers: Tensor, out: Tensor) -> Tensor:
+    """out_t = sum_{i>t} exp(-(i-t-1) w) x_i over dim -2."""
+    num_tokens, step_C = x.shape[-2], powers[0, 1]
+    if num_tokens <= 2 * RADIX:
+        return _step_future(x, step_C, out)
+
+    # Sum inside the chunks; then scan their sums and give every chunk what lies after it.
+    (x_chunks, x_rest), (chunks, rest) = _cut(x), _cut(out)
+    _step_future(x_chunks, step_C, chunks)
+    _step_future(x_rest, step_C, rest)
+    full, has_rest = chunks.shape[-3], rest.shape[-2] > 0
+    sums = x.new_empty((*x.shape[:-2], full + has_rest, x.shape[-1]))
+    torch.addcmul(x_chunks[..., 0, :], chunks[..., 0, :], step_C, out=sums[..., :full, :])
+    if has_rest:
+        torch.addcmul(x_rest[..., 0, :], rest[..., 0, :], step_C, out=sums[..., -1, :])
+    after = sum_future(sums, powers[1:], torch.empty_like(sums))
+    chunks.addcmul_(after[..., :full, None, :], powers[0, :RADIX].flip(0))
+    return out
+
+
+def _cut(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of the whole chunks (..., chunks, RADIX, C) and of the tokens that remain (..., fewer than RADIX, C)."""
+    whole = x.shape[-2] // RADIX * RADIX
+    return x[..., :whole, :].unflatten(-2, (-1, RADIX)), x[..., whole:, :]
+
+
+def _step_past(x: Tensor, step_C: Tensor, out: Tensor) -> Tensor:
+    x_at, out_at = x.unbind(-2), out.unbind(-2)
+    if out_at:
+        out_at[0].zero_()
+    for t in range(1, len(out_at)):
+        torch.addcmul(x_at[t - 1], out_at[t - 1], step_C, out=out_at[t])
+    return out
+
+
+def _step_future(x: Tensor, step_C: Tensor, out: Tensor) -> Tensor:
+    x_at, out_at = x.unbind(-2), out.unbind(-2)
+    if out_at:
+        out_at[-1].zero_()
+    for t in range(len(out_at) - 1, 0, -1):
+        torch.addcmul(x_at[t], out_at[t], step_C, out=out_at[t - 1])
+    return out

@@ -20,50 +20,50 @@ def _state_dtype(k: Tensor, v: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (k.dtype, v.dtype) else torch.float32
 
 
-def _far_channels(decay: Tensor, first: Tensor, num_tokens: int) -> Tensor:
-    """Indices of the channels whose weights span more than one maximum can hold."""
-    reach_C = decay.detach().double().abs() * num_tokens + first.detach().double().abs()
-    return (~(reach_C <= one_maximum.REACH)).nonzero()[:, 0]
+def _split_channels(decay: Tensor, first: Tensor, num_tokens: int) -> tuple[Tensor, Tensor | None]:
+    """Indices of the channels that one maximum can hold, and of those that it cannot (None: there are none)."""
+    reach_C = decay.double().abs() * num_tokens + first.double().abs()
+    is_near_C = reach_C <= one_maximum.REACH
+    if bool(is_near_C.all()):
+        return torch.empty(0), None
+    return is_near_C.nonzero()[:, 0], (~is_near_C).nonzero()[:, 0]
 
 
 @torch.library.custom_op("drwkv::bi_wkv", mutates_args=())
 def _forward(decay: Tensor, first: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    far = _far_channels(decay, first, k.shape[1])
-    if len(far) == 0:
-        return one_maximum.forward(decay, first, k, v, _state_dtype(k, v)).to(v.dtype)
     y = torch.empty_like(v, memory_format=torch.contiguous_format)
-    near = _others(far, k.shape[2])
-    y[..., near] = one_maximum.forward(
-        decay[near], first[near], k[..., near], v[..., near], _state_dtype(k, v)
-    ).to(v.dtype)
-    y[..., far] = carried_maximum.forward(decay[far], first[far], k[..., far], v[..., far]).to(v.dtype)
+    near, far = _split_channels(decay, first, k.shape[1])
+    if far is None:
+        one_maximum.forward(decay, first, k, v, y, _state_dtype(k, v))
+        return y
+    if len(near):
+        part = y[..., near]
+        one_maximum.forward(*(x[..., near] for x in (decay, first, k, v)), part, _state_dtype(k, v))
+        y[..., near] = part
+    y[..., far] = carried_maximum.forward(*(x[..., far] for x in (decay, first, k, v))).to(y.dtype)
     return y
-
-
-def _others(far: Tensor, num_channels: int) -> Tensor:
-    near_C = torch.ones(num_channels, dtype=torch.bool, device=far.device)
-    near_C[far] = False
-    return near_C.nonzero()[:, 0]
 
 
 @torch.library.custom_op("drwkv::bi_wkv_backward", mutates_args=())
 def _backward(
     grad: Tensor, decay: Tensor, first: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = (decay, first, k, v)
-    far = _far_channels(decay, first, k.shape[1])
-    if len(far) == 0:
-        grads = one_maximum.backward(decay, first, k, v, grad, _state_dtype(k, v))
-        return tuple(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))  # type: ignore[return-value]
-    out = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-    near = _others(far, k.shape[2])
-    for channels, grads in (
-        (near, one_maximum.backward(*(x[..., near] for x in (*inputs, grad)), _state_dtype(k, v))),
-        (far, carried_maximum.backward(*(x[..., far] for x in (*inputs, grad)))),
-    ):
-        for whole, part in zip(out, grads, strict=True):
-            whole[..., channels] = part.to(whole.dtype)
-    return out  # type: ignore[return-value]
+    inputs = (decay, first, k, v, grad)
+    gw, gu, gk, gv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:4])
+    near, far = _split_channels(decay, first, k.shape[1])
+    if far is None:
+        w_and_u = one_maximum.backward(*inputs, gk, gv, _state_dtype(k, v))
+        return w_and_u[0].to(gw.dtype), w_and_u[1].to(gu.dtype), gk, gv
+    if len(near):
+        parts = gk[..., near], gv[..., near]
+        gw[near], gu[near] = (
+            x.to(like.dtype)
+            for x, like in zip(one_maximum.backward(*(x[..., near] for x in inputs), *parts, _state_dtype(k, v)), (gw, gu))
+        )
+        gk[..., near], gv[..., near] = parts
+    for whole, part in zip((gw, gu, gk, gv), carried_maximum.backward(*(x[..., far] for x in inputs)), strict=True):
+        whole[..., far] = part.to(whole.dtype)
+    return gw, gu, gk, gv
 
 
 @_forward.register_fake

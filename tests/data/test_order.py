@@ -37,9 +37,6 @@ def imagenet():
     return Order(IMAGENET_SHARDS, seed=1)
 
 
-# The permutation.
-
-
 @few
 @given(size=st.integers(1, 5000), key=st.integers(0, 2**64 - 1))
 def test_permute_is_a_bijection_for_any_size_and_key(size, key):
@@ -66,9 +63,6 @@ def test_permute_takes_a_size_and_a_key_for_each_index():
     index, size, key = np.array([0, 1, 7, 5000, 2]), np.array([1, 2, 8, 8192, 70]), np.arange(5)
     alone = [int(permute(index[i : i + 1], int(size[i]), int(key[i]))[0]) for i in range(5)]
     assert permute(index, size, key).tolist() == alone
-
-
-# The order of one set.
 
 
 @few
@@ -126,9 +120,8 @@ def test_three_imagenet_epochs_are_bijections_and_differ(imagenet):
 def test_positions_of_a_window_are_shuffled_like_a_random_permutation(imagenet):
     n = np.arange(0, 8192 * 64, 64)  # the first window of stream 0
     ids = imagenet.sample_ids(n)
-    shards, sizes = np.unique(np.searchsorted(IMAGENET_SHARDS.cumsum(), ids, "right"), return_counts=True)
+    shards = np.unique(np.searchsorted(IMAGENET_SHARDS.cumsum(), ids, "right"))
     assert 8 <= len(shards) <= 12, "a window of 8192 must span about 8 shards of 1023"
-    assert (sizes[1:-1] >= 1).all()
     rank = np.argsort(np.argsort(ids))
     assert abs(stats.spearmanr(np.arange(8192), rank).statistic) < 4 / 8192**0.5
     assert abs(stats.spearmanr(rank[:-1], rank[1:]).statistic) < 4 / 8192**0.5
@@ -143,7 +136,15 @@ def test_a_window_of_one_reads_each_span_straight_through():
     assert not np.array_equal(ids, epoch_of(order, 5))
 
 
-def test_a_wider_set_of_windows_changes_the_order_only_inside_the_windows():
+def test_each_window_of_each_stream_and_epoch_has_a_permutation_of_its_own():
+    order = Order([1024], seed=3, streams=4, window=32)
+    by_stream = np.stack([epoch_of(order, epoch).reshape(256, 4).T for epoch in (0, 1, 2)])
+    inside = by_stream.reshape(-1, 32) % 32
+    assert (np.sort(inside) == np.arange(32)).all()
+    assert len(np.unique(inside, axis=0)) == 3 * 4 * 8
+
+
+def test_a_window_only_changes_the_order_inside_itself():
     one, many = (Order([1000, 500], seed=3, streams=4, window=w) for w in (1, 25))
     straight, shuffled = epoch_of(one, 0), epoch_of(many, 0)
     assert not np.array_equal(straight, shuffled)
@@ -156,7 +157,7 @@ def test_a_wider_set_of_windows_changes_the_order_only_inside_the_windows():
 def test_spans_and_shards_come_in_every_order():
     first = [
         int(Order([1, 1, 1, 1, 1], seed=seed, streams=1, window=1).sample_ids(np.array([seed % 7]))[0])
-        for seed in range(4000)
+        for seed in range(800)
     ]
     assert stats.chisquare(np.bincount(first, minlength=5)).pvalue > 1e-3
 
@@ -166,17 +167,17 @@ def test_seeds_give_different_orders():
     for i in range(4):
         for j in range(i):
             assert (orders[i] == orders[j]).mean() < 0.01
+            assert set(orders[i][::8]) != set(orders[j][::8]), "the shards are permuted before the cut"
 
 
 def test_the_order_keeps_its_values():
     """Changing any of these changes every run: resumed runs would repeat and lose samples."""
     order = Order([30, 20, 50, 11], seed=42, streams=3, window=16)
-    assert order.sample_ids(np.arange(12)).tolist() == PINNED_FIRST
-    assert order.sample_ids(10**12 + np.arange(6)).tolist() == PINNED_FAR
-
-
-PINNED_FIRST = [0]
-PINNED_FAR = [0]
+    assert order.sample_ids(np.arange(12)).tolist() == [9, 68, 110, 5, 67, 108, 10, 63, 100, 6, 65, 109]
+    assert order.sample_ids(10**12 + np.arange(6)).tolist() == [62, 107, 7, 58, 106, 6]
+    which, counters = Mixture([order, order], [3, 1], seed=42, block=16).counters(10**12 + np.arange(6))
+    assert which.tolist() == [0, 0, 1, 0, 0, 0]
+    assert (counters % 10**9).tolist() == [2, 4, 3, 0, 3, 1]
 
 
 @pytest.mark.parametrize("sizes, streams", [([1], 1), ([1], 64), ([3, 1, 2], 64), ([1] * 7, 3)])
@@ -199,9 +200,6 @@ def test_a_set_answers_locate_as_a_mixture_of_one(imagenet):
     n = np.arange(1000, 1200)
     k, ids = imagenet.locate(n)
     assert np.array_equal(ids, imagenet.sample_ids(n)) and not k.any()
-
-
-# Scale.
 
 
 def test_a_cold_start_at_epoch_1399_takes_under_half_a_second():
@@ -252,9 +250,6 @@ def test_sixteen_nodes_fetch_about_83_of_1252_shards_each_in_an_epoch(imagenet):
     assert 80 <= np.mean(fetched) <= 90
 
 
-# The cut.
-
-
 @few
 @given(
     n0=st.integers(0, 2**50), world=st.integers(1, 9), accumulate=st.integers(1, 5), extra=st.integers(0, 99),
@@ -279,9 +274,6 @@ def test_accumulation_does_not_change_what_a_rank_reads(world, accumulate, n0):
     for rank in range(world):
         whole = cut(n0, 100, streams, world, rank, 1)[0]
         assert np.array_equal(np.concatenate(cut(n0, 100, streams, world, rank, accumulate)), whole)
-
-
-# Mixtures.
 
 
 @few
@@ -335,16 +327,13 @@ def test_equal_remainders_go_to_the_first_sets():
     assert Mixture(orders, [1, 1, 1], seed=0, block=1024).counts.tolist() == [342, 341, 341]
 
 
-# Errors.
-
-
 @pytest.mark.parametrize(
     "call, named",
     [
         (lambda: Order([], seed=0), r"shape \(0,\)"),
         (lambda: Order([3, 0], seed=0), "a shard of 0 samples"),
         (lambda: Order([3, -4], seed=0), "a shard of -4 samples"),
-        (lambda: Order([3.5], seed=0), "3.5 samples"),
+        (lambda: Order([3.5], seed=0), "3.5 samples"),  # type: ignore[list-item]
         (lambda: Order([3], seed=-1), "seed is -1"),
         (lambda: Order([3], seed=0, streams=0), "streams is 0"),
         (lambda: Order([3], seed=0, window=0), "window 0"),

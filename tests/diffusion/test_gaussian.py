@@ -219,3 +219,11 @@ def test_the_config_builds_the_default_process():
     process = GaussianProcess(**vars(GaussianConfig()))
     assert (process.num_timesteps, process.learn_variance) == (1000, True)
     np.testing.assert_array_equal(process.tables["beta"], GaussianProcess().tables["beta"])
+
+
+def test_a_respaced_process_keeps_its_kind_of_variance(golden):
+    t, x_t = torch.tensor([0, 1]), golden["train.x_t"][:2]
+    respaced = GaussianProcess(learn_variance=False, fixed_variance="large").respaced([0, 500, 999])
+    _, variance, _, _ = respaced.p_mean_variance(torch.zeros_like(x_t), x_t, t)
+    alpha_bar = GaussianProcess().tables["alpha_bar"]
+    np.testing.assert_allclose(variance[1].numpy(), 1 - alpha_bar[500] / alpha_bar[0], rtol=1e-5)
