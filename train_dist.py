@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from drwkv.config import TrainConfig, check_train, identity, load, run_command
-from drwkv.data.loader import Batch, TrainingData, open_data
+from drwkv import command
+from drwkv.config import TrainConfig, check_train, identity, load
+from drwkv.data.loader import Batch, Data, open_data
 from drwkv.diffusion.gaussian import GaussianProcess
 from drwkv.models.config import from_config
 from drwkv.parallel import World, session, wrap
@@ -36,17 +37,15 @@ def train(config: TrainConfig) -> None:
     Raises ValueError or FileNotFoundError for what the user can mend, before anything is written.
     """
     check_train(config)
-    wanted, parallel, folder = config.model, config.parallel, Path(config.run.folder)
-    data = open_data(
-        config.data, seed=config.run.seed, input_size=tuple(wanted.input_size), in_channels=wanted.in_channels,
-        num_classes=wanted.num_classes,
-    )  # fmt: skip
+    parallel, folder = config.parallel, Path(config.run.folder)
+    data = open_data(config.data, seed=config.run.seed)
+    data.check_fits(config.model)
     with session(timeout_sec=parallel.timeout_sec, cpu_threads=parallel.cpu_threads) as world:
         with logging_to(folder, world), Signals() as signals:
             _train(config, data, folder, world, signals)
 
 
-def _train(config: TrainConfig, data: TrainingData, folder: Path, world: World, signals: Signals) -> None:
+def _train(config: TrainConfig, data: Data, folder: Path, world: World, signals: Signals) -> None:
     run, batch_size = config.run, config.run.batch_size
 
     # Set up.
@@ -65,15 +64,15 @@ def _train(config: TrainConfig, data: TrainingData, folder: Path, world: World, 
     if state.step >= run.total_steps:
         log.info("run %s is finished: %d of %d steps are done", folder, state.step, run.total_steps)
         return
-    run_folder.begin(folder, config, world, step=state.step)
+    run_folder.begin(folder, config, data.manifest, world, step=state.step)
     health = Health(config.health, world, signals)
     audit = Audit(folder / "audit", world, enabled=run.audit, step=state.step)
     monitor = Monitor(
         folder, config.monitor, world, total_steps=run.total_steps, step=state.step,
         on_record=[state.note, health.note],
     )  # fmt: skip
-    loader = data.loader(batch_size=batch_size, rank=world.rank, world_size=world.size, accumulate=run.accumulate)
-    stream = loader.batches(state.n)
+    batches = partial(data.batches, batch_size, world=world, accumulate=run.accumulate)
+    stream = batches(state.n)
 
     # Train.
     stop_signal: str | None = None
@@ -99,7 +98,7 @@ def _train(config: TrainConfig, data: TrainingData, folder: Path, world: World, 
             monitor.rewind(state.step)
             audit.rewind(state.step)
             stream.close()
-            stream = loader.batches(state.n)
+            stream = batches(state.n)
             continue
 
         # Save and show.
@@ -151,4 +150,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    command.run(main)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from data_prep import command
+from drwkv import command
 from data_prep.writer import ShardSetWriter
 from drwkv import rng
 from drwkv.data.manifest import Manifest

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import command
+from drwkv import command
 from data_prep.index import index_tar
 from drwkv.data import manifest as layout
 from drwkv.data.shards import ShardSet

@@ -111,7 +111,7 @@ class ShardSetWriter:
             self._rename(temporary, self.out / self.shard_name(shard))
 
     def write_arrays(self, arrays: Mapping[str, np.ndarray]) -> Manifest:
-        """Write what is missing of the whole set and commit; `arrays` holds each member of all sources (M, ...)."""
+        """Write what is missing of the set and commit; `arrays`: each member of all sources (M, ...)."""
         for shard in self.missing():
             samples = ({name: array[i] for name, array in arrays.items()} for i in self.sources_of(shard))
             self.write(shard, samples)
@@ -159,7 +159,7 @@ class ShardSetWriter:
 
     @contextlib.contextmanager
     def _unless_committed(self) -> Iterator[None]:
-        """Another worker that did the same and ended the whole set takes our temporary files away: no error."""
+        """Another worker that ended the whole set meanwhile has taken our temporary files away: no error."""
         try:
             yield
         except FileNotFoundError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from drwkv.data.loader import DataConfig
 from drwkv.diffusion.gaussian import GaussianConfig
-from drwkv.evaluation.digits import EvaluateConfig
+from drwkv.evaluation.protocol import EvaluateConfig
 from drwkv.models.config import ModelConfig
 from drwkv.parallel.engine import ParallelConfig
 from drwkv.sampling import SamplerConfig
@@ -75,6 +74,7 @@ class SampleConfig:
     micro_batch: int = 50  # images of one forward; part of the set's identity, as small matmuls round by shape
     chunk: int = 100  # images of one unit of work, a multiple of micro_batch
     cpu_threads: int = 1  # threads of each process on a CPU; part of the identity, as sums round by thread
+    vae: str | None = None  # folder or hub name of the VAE that decodes latents; None: the one of the training data
     grid_columns: int = 10  # images of each class in the grid
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -220,13 +220,3 @@ def _all_keys(schema: type, prefix: str = "") -> set[str]:
 
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def run_command(main: Any) -> None:
-    """Run an application's `main(arguments)`; what a user can mend ends in one line on stderr and exit code 2."""
-    try:
-        code = main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {_first_line(error)}", file=sys.stderr)
-        code = 2
-    sys.exit(code)

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from drwkv.models import create
 
 Weights = dict[str, Tensor]
+# What torch's unpickler raises on a file that is cut short, or is none of its own.
+_UNREADABLE = (RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, AssertionError)
 MAX_NAMED = 3  # names listed in an error before "and N more"
 
 
@@ -129,8 +131,9 @@ def _read_pickle(path: Path) -> Any:
         raise ValueError(
             f"{path}: refused, nothing was run: holds objects other than tensors{named}, or no torch file"
         ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: damaged or no torch file: {str(error).splitlines()[0]}") from error
+    except _UNREADABLE as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{path}: damaged or no torch file ({type(error).__name__}: {reason})") from error
 
 
 def _pick_weights(content: Any, which: str, path: Path) -> Weights:

@@ -143,6 +143,7 @@ class _Attack:
         return Path.touch, (self.trace,)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("style", ["zip", "old", "plain pickle", "in the Namespace"])
 def test_a_malicious_pickle_is_refused_and_runs_nothing(style: str, tmp_path: Path) -> None:
     trace, path = tmp_path / "it ran", tmp_path / "bad.pt"

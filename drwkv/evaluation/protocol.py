@@ -27,6 +27,14 @@ from drwkv.evaluation.metrics import (
 )
 
 
+@dataclass
+class EvaluateConfig:
+    """Shard sets of pixels that a sample set is measured against; both or none."""
+
+    train: str | None = None  # the training split: fits the classifier, shows copies; None: nothing is measured
+    held_out: str | None = None  # the held-out split: the reference of every distance
+
+
 @dataclass(frozen=True)
 class LabelledImages:
     """A set of images, uint8 (N, H, W, C) with C = 1 or 3, and their labels, int64 (N,)."""

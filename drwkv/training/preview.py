@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from drwkv.diffusion.gaussian import GaussianProcess
-from drwkv.evaluation.report import tile
+from drwkv.evaluation.pictures import grid_image
 from drwkv.latents import encode_pixels
 from drwkv.models.config import ModelConfig
 from drwkv.parallel.distributed import World
@@ -50,5 +50,5 @@ class Preview:
             )
         engine.module.train()
         images = np.concatenate(self._world.gather(encode_pixels(x0).cpu().numpy()))[: len(ids)]
-        by_class = images.reshape(columns, rows, *shape).swapaxes(0, 1).reshape(-1, *shape)
-        return tile(by_class.transpose(0, 2, 3, 1), columns=columns)
+        labels = (ids % rows).numpy() if num_classes else None
+        return np.asarray(grid_image(images.transpose(0, 2, 3, 1), labels, columns=columns).convert("RGB"))

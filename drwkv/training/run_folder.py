@@ -10,25 +10,29 @@ import logging
 import platform
 import subprocess
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from drwkv.data.manifest import Manifest
 from drwkv.parallel.distributed import World
 
 log = logging.getLogger("drwkv")
 REQUEUE = "requeue"
 CONFIG = "config.yaml"
+DATA = "data.json"
 PACKAGES = ("torch", "numpy", "diffusers", "safetensors", "webdataset", "triton")
 
 
-def begin(folder: Path, config: Any, world: World, *, step: int) -> None:
-    """Write config.yaml, add this start to starts.jsonl, and take away the request of an earlier stop."""
+def begin(folder: Path, config: Any, manifest: Manifest, world: World, *, step: int) -> None:
+    """Write config.yaml and the data's manifest, add this start to starts.jsonl, and take away the request of an earlier stop."""
     if not world.is_first:
         return
     (folder / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    (folder / DATA).write_text(json.dumps(asdict(manifest), indent=1))
     (folder / REQUEUE).unlink(missing_ok=True)
     start = {
         "time": time.time(),

@@ -116,7 +116,7 @@ def test_initial_values_have_the_releases_distributions() -> None:
             assert (value == 1).all(), name
         elif value.ndim >= 2 and "spatial" not in name and name != "pos_embed":
             bound = math.sqrt(6 / (value.shape[0] + value[0].numel()))
-            assert float(value.abs().max()) <= bound and float(value.abs().max()) > 0.99 * bound, name
+            assert float(value.abs().max()) <= bound * (1 + 1e-6) and float(value.abs().max()) > 0.99 * bound, name
             assert abs(float(value.mean())) < 5 * bound / math.sqrt(3 * value.numel()), name
             assert abs(float(value.std()) / (bound / math.sqrt(3)) - 1) < 0.05, name
 

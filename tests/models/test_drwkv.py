@@ -39,7 +39,7 @@ def inputs(
 
 
 def relative_rms(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+    return float((a - b).detach().norm() / b.detach().norm())
 
 
 def q_shift_by_loops(x_BTD: Tensor, h: int, w: int) -> Tensor:
@@ -187,7 +187,7 @@ def test_the_native_size_takes_the_positions_as_they_are_and_another_interpolate
     ramp = torch.arange(4.0).repeat(3)[None, :, None]
     wider = resize_positions(ramp, (3, 4), (3, 8)).view(3, 8)
     torch.testing.assert_close(wider[0], wider[2])
-    torch.testing.assert_close(wider[1, 2:6], torch.arange(2, 6) / 2 - 0.25, atol=0.06, rtol=0)
+    torch.testing.assert_close(wider[1, 2:6], torch.arange(2, 6) / 2 - 0.25, atol=0.1, rtol=0)
     assert wider[1].diff().min() > 0
 
 

@@ -1,0 +1,57 @@
+"""A trained model from wherever it lies: a run folder, one of its checkpoints, a released `.pt`, a `.safetensors`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from drwkv.config import TrainConfig, read_dumped
+from drwkv.convert import build
+from drwkv.data.manifest import Manifest
+from drwkv.diffusion.gaussian import GaussianConfig
+from drwkv.models.config import from_config
+from drwkv.training.checkpoint import MARK, latest, read_full
+from drwkv.training.monitor import read_lines
+from drwkv.training.run_folder import CONFIG, DATA
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """Weights with what is needed to sample from them."""
+
+    model: nn.Module  # on the CPU, float32
+    process: GaussianConfig  # the process that it was trained for
+    manifest: Manifest | None  # of its training data; None for a file that does not tell
+    name: str  # where the weights were read from
+    losses: list[tuple[int, float]]  # (step, loss) of its training, as far as known
+
+
+def open_trained(path: str, weights: str) -> TrainedModel:
+    """The `weights` ("ema" or "model") at `path`, read without running any code of the file.
+
+    Raises FileNotFoundError or ValueError that says what `path` should have been.
+    """
+    place = Path(path)
+    if place.is_file():
+        model = build(place, weights)
+        process = GaussianConfig(learn_variance=model.learn_variance)  # type: ignore[arg-type]
+        return TrainedModel(model, process, None, str(place), [])
+    if not place.is_dir():
+        raise FileNotFoundError(f"checkpoint {place}: no such file or folder")
+    if (place / MARK).is_file():
+        checkpoint, folder = place, place.parent.parent
+    else:
+        folder, found = place, latest(place / "checkpoints")
+        if found is None:
+            raise ValueError(f"checkpoint {place}: holds no whole checkpoint; give a run folder, or step_N in its checkpoints")
+        checkpoint = found
+    config = read_dumped(TrainConfig, folder / CONFIG)
+    model = from_config(config.model, seed=config.run.seed)
+    model.load_state_dict(read_full(checkpoint, "ema" if weights == "ema" else "model"))
+    manifest = Manifest(**json.loads((folder / DATA).read_text()))
+    losses = [(line["step"], line["loss"]) for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
+    return TrainedModel(model, config.diffusion, manifest, str(checkpoint), losses)
+

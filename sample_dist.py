@@ -1,0 +1,171 @@
+"""Draw a sample set and measure it: `python sample_dist.py --config configs/NAME.yaml checkpoint=... num_samples=...`.
+
+The same under torchrun, on any number of processes: image i is a function of (seed, i), so the set has the same bytes.
+The same command again draws what is missing; a finished set is only measured again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from drwkv import command, latents
+from drwkv.config import SampleConfig, check_sample, load
+from drwkv.data.shards import ShardSet
+from drwkv.diffusion.gaussian import GaussianProcess
+from drwkv.evaluation.pictures import save_grid
+from drwkv.evaluation.protocol import LabelledImages, evaluate
+from drwkv.evaluation.report import write_report
+from drwkv.evaluation.sample_set import SampleSet
+from drwkv.parallel import World, session
+from drwkv.sampling import draw, labels_of
+from drwkv.training.source import TrainedModel, open_trained
+
+
+def sample(config: SampleConfig) -> None:
+    """Draw, or go on with, the sample set that `config` describes, as one of the processes that were started.
+
+    Raises ValueError or FileNotFoundError for what the user can mend, before anything is written.
+    """
+    check_sample(config)
+    references = open_references(config)
+    trained = open_trained(config.checkpoint, config.weights)
+    with session(timeout_sec=config.parallel.timeout_sec, cpu_threads=config.cpu_threads) as world:
+        samples = SampleSet(Path(config.out), num_samples=config.num_samples, chunk=config.chunk)
+        _draw_missing(config, trained, samples, world)
+        world.barrier()
+        if world.is_first:
+            samples.assemble()
+            measure(config, trained, samples, references)
+
+
+def _draw_missing(config: SampleConfig, trained: TrainedModel, samples: SampleSet, world: World) -> None:
+    # Say whose set this is, and share out what is missing.
+    identity = set_identity(config, trained, world)
+    failure = None
+    if world.is_first:
+        try:
+            samples.claim(identity)
+        except ValueError as error:
+            failure = str(error)
+    if failure := world.from_first(failure):
+        raise ValueError(failure)
+    missing = world.from_first(samples.missing())
+
+    # Draw chunk by chunk.
+    model = trained.model.to(world.device).eval()
+    process, decode = GaussianProcess(**vars(trained.process)), decoder(config, trained, world)
+    mine = missing[world.rank :: world.size]
+    for chunk in tqdm(mine, unit="chunk", desc="sampling", disable=not world.is_first):
+        ids = torch.as_tensor(samples.ids(chunk), device=world.device)
+        labels = labels_of(ids, model.num_classes)  # type: ignore[arg-type]
+        images = []
+        for start in range(0, len(ids), config.micro_batch):
+            # A short tail is filled up with further ids: the shape of a forward is part of how it rounds.
+            padded = torch.arange(config.micro_batch, device=world.device) + ids[start]
+            x0 = draw(
+                model, process, config.sampler, ids=padded, labels=labels_of(padded, model.num_classes),
+                num_classes=model.num_classes, shape=input_shape(trained), seed=config.seed,
+            )  # type: ignore[arg-type]  # fmt: skip
+            images.append(decode(x0)[: len(ids) - start])
+        drawn = np.concatenate(images)
+        samples.write(chunk, drawn, np.full(len(drawn), -1) if labels is None else labels.cpu().numpy())
+
+
+def set_identity(config: SampleConfig, trained: TrainedModel, world: World) -> dict[str, object]:
+    """All that decides the bytes of image i, and how they are cut into chunks."""
+    return {
+        "weights": latents.hash_weights(trained.model),
+        "seed": config.seed,
+        "labels": "i mod classes",
+        "micro_batch": config.micro_batch,
+        "chunk": config.chunk,
+        "device": world.device.type,
+        "cpu_threads": config.cpu_threads if world.device.type == "cpu" else None,
+        "vae": config.vae,
+        **{f"sampler.{key}": value for key, value in asdict(config.sampler).items()},
+    }
+
+
+def input_shape(trained: TrainedModel) -> tuple[int, int, int]:
+    """(C, H, W) of what the model draws."""
+    height, width = trained.model.input_size  # type: ignore[misc]
+    return (int(trained.model.in_channels), int(height), int(width))  # type: ignore[arg-type]
+
+
+def decoder(config: SampleConfig, trained: TrainedModel, world: World) -> Callable[[Tensor], np.ndarray]:
+    """From x_0 (B, C, H, W) to images uint8 (B, H, W, C): pixels as they are, latents through the VAE."""
+    manifest = trained.manifest
+    if config.vae is None and (manifest is None or manifest.kind == "pixels"):
+        to_images: Callable[[Tensor], Tensor] = lambda x0: x0  # noqa: E731
+    else:
+        path = config.vae or (manifest.vae_id if manifest else None)
+        assert path is not None
+        vae = latents.load_vae(path, device=world.device)
+        own_scale, own_shift = latents.vae_scaling(vae)
+        scale = own_scale if manifest is None or manifest.scale is None else manifest.scale
+        shift = own_shift if manifest is None or manifest.shift is None else manifest.shift
+        to_images = lambda x0: latents.decode_latents(vae, x0, scale=scale, shift=shift)  # noqa: E731
+    return lambda x0: latents.encode_pixels(to_images(x0)).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def open_references(config: SampleConfig) -> tuple[LabelledImages, LabelledImages] | None:
+    """The training and the held-out split to measure against, read whole; None if the config names none."""
+    paths = (config.evaluate.train, config.evaluate.held_out)
+    if paths == (None, None):
+        return None
+    if None in paths:
+        raise ValueError("config keys 'evaluate.train' and 'evaluate.held_out': give both, or neither")
+    train, held_out = (read_images(str(path)) for path in paths)
+    return train, held_out
+
+
+def read_images(path: str) -> LabelledImages:
+    """Every image of a shard set of pixels, uint8 (N, H, W, C), with its label."""
+    shards = ShardSet.open(path)
+    if shards.manifest.kind != "pixels":
+        raise ValueError(f"{path}: holds {shards.manifest.kind}, and samples are measured against pixels")
+    x, y = shards.read(np.arange(shards.num_samples))
+    return LabelledImages(np.ascontiguousarray(x.transpose(0, 2, 3, 1)), y)
+
+
+def measure(
+    config: SampleConfig, trained: TrainedModel, samples: SampleSet,
+    references: tuple[LabelledImages, LabelledImages] | None,
+) -> None:  # fmt: skip
+    """Write the grid, and the report if there is something to measure against; say where they are."""
+    parts = list(samples.chunks())
+    images, labels = np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+    if references is None or trained.model.num_classes is None:
+        save_grid(
+            images[:100], None if labels[0] < 0 else labels[:100], samples.folder / "grid.png",
+            columns=config.grid_columns,
+        )  # fmt: skip
+        print(f"samples: {samples.samples_file}\ngrid:    {samples.folder / 'grid.png'}")
+        return
+    train, held_out = references
+    evaluation = evaluate(LabelledImages(images, labels), train, held_out)
+    files = write_report(
+        samples.folder, evaluation, losses=trained.losses, columns=config.grid_columns,
+        run={"checkpoint": trained.name, "weights": config.weights, "num_samples": config.num_samples,
+             "seed": config.seed, "sampler": asdict(config.sampler)},
+    )  # fmt: skip
+    for name, metric in evaluation.metrics.items():
+        print(f"{name:24s} {metric.value:8.4f}   real data {metric.floor:8.4f}")
+    print(f"samples: {samples.samples_file}\ngrid:    {files.grid}\npage:    {files.html}\nnumbers: {files.json}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line: returns the exit code."""
+    sample(load(SampleConfig, arguments))
+    return 0
+
+
+if __name__ == "__main__":
+    command.run(main)
