@@ -18,7 +18,7 @@ import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    model = cast(nn.Module, _skeleton(config))
+    model = _skeleton(config)
     num_params = sum(p.numel() for p in model.parameters())
     print(f"{given.dst}: {len(weights)} tensors, {num_params:,} parameters, {json.dumps(config)}")
     return 0

@@ -2,7 +2,7 @@
 
 Valid for channels with |w| T + |u| <= REACH; the others take `carried_maximum.py`. `torch.py` chooses.
 The equations are numbered in `README.md`.
-Shapes: S the pair (numerator, denominator), B batch, T tokens, C channels, N scan levels, R radix of the scan.
+Shapes: S the pair (numerator, denominator), B batch, T tokens, C channels; of the scan, N levels and R the radix.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-REACH = 30.0  # one maximum holds to 60, but nearer to it the gradient of a negative decay loses digits
-RADIX = 16
-BLOCK = 1 << 18  # elements of one (B, T, C) temporary; all temporaries of a block live in one workspace
+REACH = 30.0  # y holds to 60 in float32; from about 30 on the gradient of a negative decay loses digits
+RADIX = 16  # so no power of the decay is multiplied up more than 2 * RADIX times: rounding does not grow with T
+BLOCK = 1 << 18  # elements of one (B, T, C) temporary: they stay in the cache, and memory beyond k and v is constant
 
 
-def forward(w_C: Tensor, u_C: Tensor, k_BTC: Tensor, v_BTC: Tensor, y_BTC: Tensor, dtype: torch.dtype) -> None:
+def forward(
+    w_C: Tensor, u_C: Tensor, k_BTC: Tensor, v_BTC: Tensor, *, y_BTC: Tensor, dtype: torch.dtype
+) -> None:
     """Write y, computing in `dtype`."""
     powers, bonus_C, m_B1C = _tables(w_C, u_C, k_BTC, dtype)
     for at, (x, x_past, x_future) in _blocks(k_BTC, dtype, 3):
@@ -25,7 +27,7 @@ def forward(w_C: Tensor, u_C: Tensor, k_BTC: Tensor, v_BTC: Tensor, y_BTC: Tenso
         _weigh(k_BTC[at], v_BTC[at], m_B1C[at], x)
         sum_past(x, powers[..., c], x_past)
         sum_future(x, powers[..., c], x_future)
-        num, den = _add_diagonal(x_past.add_(x_future), x, bonus_C[c])
+        num, den = x_past.add_(x_future).addcmul_(x, bonus_C[c])
         torch.div(num, den, out=y_BTC[at])
 
 
@@ -35,6 +37,7 @@ def backward(
     k_BTC: Tensor,
     v_BTC: Tensor,
     gy_BTC: Tensor,
+    *,
     gk_BTC: Tensor,
     gv_BTC: Tensor,
     dtype: torch.dtype,
@@ -50,7 +53,7 @@ def backward(
         sum_future(x, powers[..., c], x_future)
 
         # g_t = gy_t / den_t and h_t = -g_t y_t are summed over the readers as (e v, e) is over the sources.
-        num, den = _add_diagonal(torch.add(x_past, x_future, out=g_past), x, bonus)
+        num, den = torch.add(x_past, x_future, out=g_past).addcmul_(x, bonus)
         torch.div(gy_BTC[at], den, out=g[0])
         torch.mul(num.div_(den), g[0], out=g[1]).neg_()
         gu_C[c] += torch.mul(g, x, out=g_past).sum((0, 1, 2)).mul_(bonus)
@@ -61,7 +64,7 @@ def backward(
         between = x_past.mul_(g_future).addcmul_(x_future, g_past)
         gw_C[c] -= between.sum((0, 1, 2)).mul_(powers[0, 1, c])
 
-        total = _add_diagonal(g_past.add_(g_future), g, bonus)
+        total = g_past.add_(g_future).addcmul_(g, bonus)
         torch.mul(total[0], x[1], out=gv_BTC[at])
         torch.add(*total.mul_(x), out=gk_BTC[at])
     return gw_C, gu_C
@@ -70,7 +73,9 @@ def backward(
 def _blocks(
     k_BTC: Tensor, dtype: torch.dtype, count: int
 ) -> Iterator[tuple[tuple[slice, slice, slice], Sequence[Tensor]]]:
-    """Cut (B, C) into blocks of about BLOCK elements, all tokens in each, with `count` temporaries (S, B, T, C)."""
+    """Index blocks of about BLOCK elements, all tokens in each, with `count` temporaries (S, B, T, C) for each."""
+    if k_BTC.numel() == 0:
+        return
     batch, num_tokens, channels = k_BTC.shape
     batch_step = max(1, BLOCK // (num_tokens * channels))
     pieces = max(1, min(channels // 32, num_tokens * channels // BLOCK))
@@ -105,14 +110,10 @@ def _weigh(k_BTC: Tensor, v_BTC: Tensor, m_B1C: Tensor, x_SBTC: Tensor) -> None:
 
 
 def _centre(v_BTC: Tensor, x_SBTC: Tensor) -> None:
-    """x = (e (v - a), e) with a the mean of v under e: no gradient depends on a, and v_i - y_t cancels less."""
+    """x = (e (v - a), e), a the mean of v under e: no gradient depends on a, and v_i - y_t cancels less."""
     weighted, e = x_SBTC
     mean_B1C = weighted.sum(1, keepdim=True) / e.sum(1, keepdim=True)
     torch.sub(v_BTC, mean_B1C, out=weighted).mul_(e)
-
-
-def _add_diagonal(sums: Tensor, x: Tensor, bonus_C: Tensor) -> Tensor:
-    return sums.addcmul_(x, bonus_C)
 
 
 def sum_past(x: Tensor, powers: Tensor, out: Tensor) -> Tensor:
@@ -155,7 +156,7 @@ def sum_future(x: Tensor, powers: Tensor, out: Tensor) -> Tensor:
 
 
 def _cut(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of the whole chunks (..., chunks, RADIX, C) and of the tokens that remain (..., fewer than RADIX, C)."""
+    """Views of the whole chunks (..., chunks, RADIX, C) and of the fewer than RADIX tokens that remain."""
     whole = x.shape[-2] // RADIX * RADIX
     return x[..., :whole, :].unflatten(-2, (-1, RADIX)), x[..., whole:, :]
 

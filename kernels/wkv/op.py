@@ -24,7 +24,7 @@ def bi_wkv(decay: Tensor, first: Tensor, k: Tensor, v: Tensor, *, backend: str |
     k, v: (B, T, C), any T >= 1 and C >= 1, in any strides; B may be 0. Returns (B, T, C) in v's dtype.
     Dtypes: floating point, and they may differ (float32 decay beside bfloat16 k and v); the state is float32,
     or float64 when k or v is. Gradients flow to all four and have their input's dtype.
-    A NaN or an infinity in k makes its (batch, channel) NaN.
+    A NaN or +inf in k makes its (batch, channel) NaN; a token whose k is -inf weighs nothing.
     backend: "torch" or "reference" (O(T^2)); None chooses by the device of k.
     Raises ValueError for shapes, dtypes or devices that do not fit, and for an unknown backend.
 
@@ -46,7 +46,8 @@ def _backend_for(k: Tensor, backend: str | None) -> str:
 
 def _check(decay: Tensor, first: Tensor, k: Tensor, v: Tensor) -> None:
     if k.dim() != 3 or k.shape != v.shape:
-        raise ValueError(f"bi_wkv: k and v must both be (B, T, C); got k {tuple(k.shape)}, v {tuple(v.shape)}")
+        shapes = f"k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ValueError(f"bi_wkv: k and v must have one shape (B, T, C); got {shapes}")
     if k.shape[1] == 0 or k.shape[2] == 0:
         raise ValueError(f"bi_wkv: k and v need at least one token and one channel; got k {tuple(k.shape)}")
     named = {"decay": decay, "first": first, "k": k, "v": v}

@@ -1,7 +1,7 @@
 """The `torch` backend of Bi-WKV: one custom operator whose time and memory are linear in T, on any device.
 
-Here: registration (fake tensors, autograd, FLOP count) and the choice of arithmetic per channel. The arithmetic
-itself is in `one_maximum.py` and `carried_maximum.py`, the derivation in `README.md`.
+Here: registration (fake tensors, autograd, FLOP count) and the choice of arithmetic per channel. The
+arithmetic itself is in `one_maximum.py` and `carried_maximum.py`, the derivation in `README.md`.
 Shapes: B batch, T tokens, C channels.
 """
 
@@ -27,10 +27,10 @@ def _bi_wkv(decay: Tensor, first: Tensor, k: Tensor, v: Tensor) -> Tensor:
     y = torch.empty_like(v, memory_format=torch.contiguous_format)
     near, far = _split_channels(decay, first, k.shape[1])
     if near is None:
-        one_maximum.forward(decay, first, k, v, y, _state_dtype(k, v))
+        one_maximum.forward(decay, first, k, v, y_BTC=y, dtype=_state_dtype(k, v))
         return y
     part = y[..., near]
-    one_maximum.forward(*_pick(near, decay, first, k, v), part, _state_dtype(k, v))
+    one_maximum.forward(*_pick(near, decay, first, k, v), y_BTC=part, dtype=_state_dtype(k, v))
     y[..., near] = part
     y[..., far] = carried_maximum.forward(*_pick(far, decay, first, k, v)).to(y.dtype)
     return y
@@ -44,23 +44,26 @@ def _bi_wkv_backward(
     gv = torch.empty_like(v, memory_format=torch.contiguous_format)
     near, far = _split_channels(decay, first, k.shape[1])
     if near is None:
-        gw, gu = one_maximum.backward(decay, first, k, v, gy, gk, gv, _state_dtype(k, v))
+        gw, gu = one_maximum.backward(
+            decay, first, k, v, gy, gk_BTC=gk, gv_BTC=gv, dtype=_state_dtype(k, v)
+        )
         return gw.to(decay.dtype), gu.to(first.dtype), gk, gv
 
     gw, gu = torch.empty_like(decay), torch.empty_like(first)
-    parts = gk[..., near], gv[..., near]
-    near_gw, near_gu = one_maximum.backward(*_pick(near, decay, first, k, v, gy), *parts, _state_dtype(k, v))
+    gk_part, gv_part = gk[..., near], gv[..., near]
+    gw_part, gu_part = one_maximum.backward(
+        *_pick(near, decay, first, k, v, gy), gk_BTC=gk_part, gv_BTC=gv_part, dtype=_state_dtype(k, v)
+    )
     far_grads = carried_maximum.backward(*_pick(far, decay, first, k, v, gy))
-    for whole, near_part, far_part in zip(
-        (gw, gu, gk, gv), (near_gw, near_gu, *parts), far_grads, strict=True
-    ):
+    near_grads = (gw_part, gu_part, gk_part, gv_part)
+    for whole, near_part, far_part in zip((gw, gu, gk, gv), near_grads, far_grads, strict=True):
         whole[..., near] = near_part.to(whole.dtype)
         whole[..., far] = far_part.to(whole.dtype)
     return gw, gu, gk, gv
 
 
 def _split_channels(decay: Tensor, first: Tensor, num_tokens: int) -> tuple[Tensor | None, Tensor]:
-    """Indices of the channels that one maximum can hold, or None where it holds all, and of those that it cannot."""
+    """Indices of the channels that one maximum holds (None: all of them) and of those that it does not."""
     is_near_C = decay.abs() * num_tokens + first.abs() <= one_maximum.REACH
     if bool(is_near_C.all()):
         return None, decay
@@ -99,8 +102,9 @@ def _differentiate(ctx: Any, gy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
 _bi_wkv.register_autograd(_differentiate, setup_context=_save_inputs)
 
 
-# Per token and channel. Forward: x (3), two scans of a pair with their carries (16), diagonal and sum (6), quotient (1).
-# Backward: the forward's sums again (25), g and h (4), their two scans (16), the sums for u and w (16), k and v (10).
+# Per token and channel, an exponential counting as one. Forward: x 3, two scans of a pair with their carries 16,
+# diagonal and sum 6, quotient 1. Backward: the forward's x and sums 25, g and h 4, their two scans 16, the sums for
+# u and w 16, gradients of k and v 10.
 FORWARD_FLOPS = 26
 BACKWARD_FLOPS = 71
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from drwkv.models import create
-from drwkv.models.drwkv import q_shift
+from drwkv.models.layers import PatchEmbed, resize_positions, unpatchify
+from drwkv.models.rwkv_block import q_shift
 
 
 def tiny(**overrides: Any) -> Any:
@@ -24,13 +25,12 @@ def tiny(**overrides: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
 
 
-def inputs(
-    model: Any, batch: int = 3, size: tuple[int, int] | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def inputs(model: Any, batch: int = 3, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Any]:
+    """x, t and y (None for an unconditional model)."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, model.in_channels, *(size or model.input_size), generator=generator)
     t = torch.rand(batch, generator=generator) * 999
@@ -108,8 +108,6 @@ def test_any_patch_size_gives_an_image_of_the_inputs_size(patch_size: int, learn
 
 
 def test_patches_are_a_strided_convolution_and_come_back_in_place() -> None:
-    from drwkv.models.layers import PatchEmbed, unpatchify
-
     embed, x = PatchEmbed(2, 3, 7), torch.randn(2, 3, 4, 6)
     for parameter in embed.parameters():
         nn.init.normal_(parameter)
@@ -180,8 +178,6 @@ def test_train_and_eval_mode_give_the_same_numbers() -> None:
 
 
 def test_the_native_size_takes_the_positions_as_they_are_and_another_interpolates_them() -> None:
-    from drwkv.models.layers import resize_positions
-
     positions = torch.randn(1, 12, 8)
     assert resize_positions(positions, (3, 4), (3, 4)) is positions
     ramp = torch.arange(4.0).repeat(3)[None, :, None]

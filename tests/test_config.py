@@ -1,0 +1,140 @@
+"""The configuration: composed from defaults, file and command line; every mistake is one line that says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from processes import Applications
+
+from drwkv.config import SampleConfig, TrainConfig, check_sample, check_train, dump, load, read_dumped
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, "run: {seed: 3, total_steps: 70}\nmodel: {options: {depth: 5, patch_size: 4}}\n")
+    config = load(TrainConfig, ["--config", str(path), "run.seed=4", "model.options.depth=7", "ema.decay=0.5"])
+    assert (config.run.seed, config.run.total_steps, config.run.batch_size) == (4, 70, TrainConfig().run.batch_size)
+    assert config.model.options == {"depth": 7, "patch_size": 4}
+    assert config.ema.decay == 0.5
+
+
+def test_lists_of_stages_are_read_from_file_and_command_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "optimizer: {stages: [{from_step: 10, lr: 3.0e-5}]}\n")
+    config = load(TrainConfig, ["--config", str(path)])
+    assert [(stage.from_step, stage.lr) for stage in config.optimizer.stages] == [(10, 3e-5)]
+    config = load(TrainConfig, ["optimizer.stages=[{from_step: 7, lr: 0.5}]"])
+    assert [(stage.from_step, stage.lr) for stage in config.optimizer.stages] == [(7, 0.5)]
+
+
+def test_a_dumped_config_is_read_back_equal(tmp_path: Path) -> None:
+    config = load(TrainConfig, ["run.seed=9", "data.paths=[a,b]", "optimizer.stages=[{from_step: 7, lr: 0.5}]"])
+    dump(config, tmp_path / "dumped.yaml")
+    assert read_dumped(TrainConfig, tmp_path / "dumped.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        ("run: {sede: 3}\n", [], ["config.yaml", "'run.sede'", "3", "'run.seed'"]),
+        ("", ["run.sede=3"], ["command line", "'run.sede'", "3", "'run.seed'"]),
+        ("", ["modle.name=x"], ["'modle'", "'model'"]),
+        ("run: {seed: many}\n", [], ["config.yaml", "'run.seed'", "'many'"]),
+        ("", ["run.total_steps=1.5"], ["command line", "'run.total_steps'", "1.5"]),
+        ("", ["parallel.engine=zero"], ["'parallel.engine'", "'zero'"]),
+        ("run: 3\n", [], ["config.yaml", "'run'", "3"]),
+        ("optimizer: {stages: [{form_step: 1, lr: 1}]}\n", [], ["config.yaml", "form_step"]),
+        ("- 1\n", [], ["config.yaml", "list"]),
+        ("run: {seed: [\n", [], ["config.yaml", "YAML"]),
+        ("", ["--verbose"], ["'--verbose'"]),
+        ("", ["run.seed"], ["'run.seed'", "key.sub=value"]),
+    ],
+)
+def test_a_mistake_is_named_with_key_value_place_and_the_nearest_right_key(
+    tmp_path: Path, text: str, overrides: list[str], words: list[str]
+) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ValueError, match=".") as caught:
+        load(TrainConfig, ["--config", str(path), *overrides])
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+def test_a_missing_file_names_the_nearest_one(tmp_path: Path) -> None:
+    write(tmp_path, "")
+    with pytest.raises(FileNotFoundError, match=r"confg\.yaml: no such file; did you mean .*config\.yaml"):
+        load(TrainConfig, ["--config", str(tmp_path / "confg.yaml")])
+
+
+def test_a_key_without_a_value_is_named() -> None:
+    with pytest.raises(ValueError, match="'checkpoint' has no value"):
+        load(SampleConfig, ["out=x"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["run.seed=-1"], "run.seed"), (["run.seed=4294967296"], "run.seed"), (["run.batch_size=0"], "run.batch_size"),
+        (["run.label_drop=1.0"], "run.label_drop"), (["ema.decay=1.0"], "ema.decay"), (["optimizer.lr=0"], "optimizer.lr"),
+        (["optimizer.stages=[{from_step: 7, lr: 1}, {from_step: 7, lr: 2}]"], "optimizer.stages"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be_are_refused_before_a_run(overrides: list[str], key: str) -> None:
+    with pytest.raises(ValueError, match=f"config key '{key}'"):
+        check_train(load(TrainConfig, overrides))
+
+
+def test_a_chunk_that_no_micro_batch_divides_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'chunk': 100 .* multiple of micro_batch=30"):
+        check_sample(load(SampleConfig, ["checkpoint=x", "out=y", "micro_batch=30"]))
+
+
+def test_bad_input_to_training_is_one_line_exit_code_2_and_nothing_written(
+    applications: Applications, digits: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    base = ["train_dist.py", "--config", "configs/digits.yaml", f"run.folder={run}", "run.total_steps=1"]
+    train = f"data.paths=[{digits / 'train'}]"
+    cases = {
+        ("run.sede=1", train): ["'run.sede'", "'run.seed'"],
+        ("run.seed=x", train): ["'run.seed'", "'x'"],
+        (f"data.paths=[{tmp_path / 'nowhere'}]",): ["nowhere"],
+        ("model.in_channels=3", train): ["in_channels", "3", "manifest.json"],
+        ("model.num_classes=9", train): ["num_classes", "9", "10"],
+        ("model.input_size=[16,16]", train): ["16x16", "8x8"],
+        ("model.options.patch_size=3", train): ["8", "3", "patch"],
+        ("model.options.hiden_size=3", train): ["hiden_size", "hidden_size"],
+        ("model.name=DRWKV-XL/2", train): ["DRWKV-XL/2", "DRWKV-"],
+        ("run.batch_size=1", "run.accumulate=2", train): ["batch_size", "1", "2"],
+    }
+    for overrides, words in cases.items():
+        line = applications.refused(*base, *overrides)
+        assert all(word in line for word in words), line
+        assert not run.exists(), line
+
+
+def test_a_checkpoint_of_another_model_or_meaning_is_refused_and_kept(
+    applications: Applications, digits: Path, tmp_path: Path
+) -> None:
+    base = [
+        "train_dist.py", "--config", "configs/digits.yaml", f"run.folder={tmp_path}", f"data.paths=[{digits / 'train'}]",
+        "run.batch_size=8", "monitor.progress=false", "model.options.depth=3",
+    ]  # fmt: skip
+    applications.run(*base, "run.total_steps=2")
+    before = sorted(path for path in tmp_path.rglob("*"))
+    for override, words in {
+        "model.options.hidden_size=64": ["model.options"],
+        "run.seed=5": ["run.seed", "0", "5"],
+        "data.window=4": ["data.window", "4"],
+        "diffusion.num_timesteps=500": ["diffusion.num_timesteps", "1000", "500"],
+    }.items():
+        line = applications.refused(*base, "run.total_steps=4", override)
+        assert all(word in line for word in ["step_00000002", *words]), line
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    assert "is finished: 2 of 2" in applications.run(*base, "run.total_steps=2", "optimizer.lr=0.5").output

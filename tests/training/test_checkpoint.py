@@ -1,0 +1,150 @@
+"""Checkpoints: whole or not there, kept as asked, refused where they do not fit."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from drwkv.parallel import World, session
+from drwkv.training import checkpoint as checkpoints_module
+from drwkv.training.checkpoint import MARK, CheckpointConfig, Checkpoints, latest, read_full, read_scalars, whole_checkpoints
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with session() as alone:
+        yield alone
+        gc.collect()
+
+
+def state(value: float) -> dict[str, torch.Tensor]:
+    return {"model.a": torch.full((3, 5), value), "ema.a": torch.full((3, 5), 2 * value), "model.b": torch.full((7,), value)}
+
+
+def save_steps(folder: Path, world: World, config: CheckpointConfig, steps: list[int]) -> Checkpoints:
+    checkpoints = Checkpoints(folder, config, world)
+    for step in steps:
+        checkpoints.save(step, state(float(step)), {"step": step, "n": 10 * step}, wait=True)
+    return checkpoints
+
+
+def test_what_was_saved_is_read_back(tmp_path: Path, world: World) -> None:
+    checkpoints = save_steps(tmp_path, world, CheckpointConfig(), [3])
+    found = latest(tmp_path)
+    assert found is not None and found.name == "step_00000003"
+    target = {name: torch.full_like(tensor, float("nan")) for name, tensor in state(0.0).items()}
+    assert checkpoints.restore(found, target) == {"step": 3, "n": 30}
+    assert all(torch.equal(target[name], tensor) for name, tensor in state(3.0).items())
+    assert torch.equal(read_full(found, "ema")["a"], torch.full((3, 5), 6.0))
+
+
+def test_a_checkpoint_holds_no_pickle(tmp_path: Path, world: World) -> None:
+    save_steps(tmp_path, world, CheckpointConfig(), [1])
+    names = {path.name for path in (tmp_path / "step_00000001").iterdir()}
+    assert all(name.endswith((".safetensors", ".json")) or name == MARK for name in names), names
+
+
+def test_weights_changed_while_a_save_is_under_way_do_not_reach_it(tmp_path: Path, world: World) -> None:
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(asynchronous=True), world)
+    tensors = {"model.a": torch.ones(512, 1024)}
+    checkpoints.save(1, tensors, {"step": 1, "n": 1}, wait=False)
+    tensors["model.a"].fill_(float("nan"))
+    checkpoints.finish()
+    found = latest(tmp_path)
+    assert found is not None and torch.equal(read_full(found, "model")["a"], torch.ones(512, 1024))
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        (CheckpointConfig(keep_last=2), [40, 50]),
+        (CheckpointConfig(keep_last=1, keep_every_steps=20), [20, 40, 50]),
+        (CheckpointConfig(keep_last=0), [50]),
+    ],
+)
+def test_the_last_few_and_every_kth_are_kept_and_never_none(
+    tmp_path: Path, world: World, config: CheckpointConfig, kept: list[int]
+) -> None:
+    save_steps(tmp_path, world, config, [10, 20, 30, 40, 50])
+    assert [read_scalars(path)["step"] for path in whole_checkpoints(tmp_path)] == kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in kept]
+
+
+@pytest.mark.parametrize("harm", ["no mark", "short file", "missing file", "broken mark"])
+def test_latest_passes_over_a_checkpoint_that_is_not_whole(tmp_path: Path, world: World, harm: str) -> None:
+    save_steps(tmp_path, world, CheckpointConfig(), [1, 2])
+    newest = tmp_path / "step_00000002"
+    data = next(newest.glob("*.safetensors"))
+    match harm:
+        case "no mark":
+            (newest / MARK).unlink()
+        case "short file":
+            data.write_bytes(data.read_bytes()[:-1])
+        case "missing file":
+            data.unlink()
+        case "broken mark":
+            (newest / MARK).write_text('{"files": ')
+    found = latest(tmp_path)
+    assert found is not None and found.name == "step_00000001"
+    Checkpoints(tmp_path, CheckpointConfig(), world)
+    assert not newest.exists()
+
+
+def test_a_save_that_cannot_be_read_back_is_never_marked(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = save_steps(tmp_path, world, CheckpointConfig(), [1])
+    check = checkpoints_module._check_files
+
+    def damaged(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
+        data = next(folder.glob("*.safetensors"))
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+        check(folder, expected)
+
+    monkeypatch.setattr(checkpoints_module, "_check_files", damaged)
+    with pytest.raises(OSError, match="cannot be read back"):
+        checkpoints.save(2, state(2.0), {"step": 2, "n": 20}, wait=True)
+    assert latest(tmp_path) == tmp_path / "step_00000001"
+
+
+def test_the_error_of_a_background_save_is_known_without_waiting(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(asynchronous=True), world)
+    monkeypatch.setattr(checkpoints_module, "_check_files", full)
+    checkpoints.save(1, state(1.0), {"step": 1, "n": 1}, wait=False)
+    with pytest.raises(OSError, match="no space left"):
+        checkpoints.finish()
+    assert isinstance(checkpoints.failure(), OSError)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.a": torch.zeros(3, 6)}, r"model\.a is \(3, 5\) there and \(3, 6\)"),
+        ({"ema.a": None}, r"ema\.a is \(3, 5\) there and missing"),
+        ({"model.c": torch.zeros(1)}, r"model\.c is missing there and \(1,\)"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_by_name(
+    tmp_path: Path, world: World, change: dict[str, torch.Tensor | None], message: str
+) -> None:
+    checkpoints = save_steps(tmp_path, world, CheckpointConfig(), [1])
+    wanted = {name: tensor for name, tensor in (state(0.0) | change).items() if tensor is not None}
+    with pytest.raises(ValueError, match=message):
+        checkpoints.restore(tmp_path / "step_00000001", wanted)
+
+
+def test_the_mark_lists_every_file_with_its_size(tmp_path: Path, world: World) -> None:
+    save_steps(tmp_path, world, CheckpointConfig(), [1])
+    folder = tmp_path / "step_00000001"
+    sizes = json.loads((folder / MARK).read_text())["files"]
+    assert sizes == {p.name: p.stat().st_size for p in folder.iterdir() if p.name != MARK}

@@ -1,0 +1,82 @@
+"""A run whose processes are killed again and again always goes on from a whole checkpoint, to the same end."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+from processes import Applications, Group, audit, losses
+
+from drwkv.training.checkpoint import MARK, whole_checkpoints
+
+STEPS, EVERY, KILLS, KILLS_IN_SAVE = 60, 4, 20, 5
+WRITING, WHOLE = "writing to", "marked whole"
+
+
+def start(applications: Applications, digits: Path, folder: Path) -> Group:
+    return applications.start(
+        "train_dist.py", "--config", "configs/digits.yaml", f"run.folder={folder}", f"run.total_steps={STEPS}",
+        f"data.paths=[{digits / 'train'}]", "run.batch_size=32", "run.audit=true", "monitor.progress=false",
+        "monitor.grid_every_steps=0", "monitor.tensorboard_every_steps=0", f"checkpoint.every_steps={EVERY}",
+        "model.options.hidden_size=32", "model.options.depth=3", "checkpoint.keep_last=2", world_size=2,
+    )  # fmt: skip
+
+
+def words(folder: Path) -> str:
+    log = folder / "log.txt"
+    return log.read_text() if log.exists() else ""
+
+
+def wait_for_save(folder: Path, group: Group) -> bool:
+    """Wait until a checkpoint is between its temp folder and its mark; False if the run ends before."""
+    while group.running():
+        text = words(folder)
+        if text.count(WRITING) > text.count(WHOLE) + interrupted(folder):
+            return True
+        time.sleep(0.001)
+    return False
+
+
+def interrupted(folder: Path) -> int:
+    """Saves that the log shows begun and not ended before the run was started again."""
+    count, begun = 0, False
+    for line in words(folder).splitlines():
+        if "from step" in line or WRITING in line:
+            count += begun
+            begun = WRITING in line
+        elif WHOLE in line:
+            begun = False
+    return count
+
+
+@pytest.mark.timeout(600)
+def test_a_run_killed_twenty_times_ends_as_the_unbroken_run(
+    applications: Applications, digits: Path, tmp_path: Path
+) -> None:
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    assert start(applications, digits, unbroken).wait().codes == [0, 0]
+    dice = random.Random(0)
+    kills = 0
+    while kills < KILLS:
+        group = start(applications, digits, killed)
+        begun = words(killed).count("from step")
+        while group.running() and words(killed).count("from step") == begun:
+            time.sleep(0.01)
+        if kills % 2 == 0:
+            assert wait_for_save(killed, group), "the run ended before it was killed often enough"
+            time.sleep(dice.uniform(0.0, 0.02))
+        else:
+            time.sleep(dice.uniform(0.0, 0.7))
+        assert group.running(), "the run ended before it was killed often enough"
+        group.kill()
+        group.wait()
+        kills += 1
+        for checkpoint in whole_checkpoints(killed / "checkpoints"):
+            assert (checkpoint / MARK).exists()
+    finished = start(applications, digits, killed).wait()
+    assert finished.codes == [0, 0], finished.output
+    assert interrupted(killed) >= KILLS_IN_SAVE, words(killed)
+    assert losses(killed) == losses(unbroken)
+    assert audit(killed) == audit(unbroken)
