@@ -59,20 +59,20 @@ def _draw_missing(config: SampleConfig, trained: TrainedModel, samples: SampleSe
     missing = world.from_first(samples.missing())
 
     # Draw chunk by chunk.
-    model = trained.model.to(world.device).eval()
+    model, num_classes = trained.model.to(world.device).eval(), trained.num_classes
     process, decode = GaussianProcess(**vars(trained.process)), decoder(config, trained, world)
     mine = missing[world.rank :: world.size]
     for chunk in tqdm(mine, unit="chunk", desc="sampling", disable=not world.is_first):
         ids = torch.as_tensor(samples.ids(chunk), device=world.device)
-        labels = labels_of(ids, model.num_classes)  # type: ignore[arg-type]
+        labels = labels_of(ids, num_classes)
         images = []
         for start in range(0, len(ids), config.micro_batch):
             # A short tail is filled up with further ids: the shape of a forward is part of how it rounds.
             padded = torch.arange(config.micro_batch, device=world.device) + ids[start]
             x0 = draw(
-                model, process, config.sampler, ids=padded, labels=labels_of(padded, model.num_classes),
-                num_classes=model.num_classes, shape=input_shape(trained), seed=config.seed,
-            )  # type: ignore[arg-type]  # fmt: skip
+                model, process, config.sampler, ids=padded, labels=labels_of(padded, num_classes),
+                num_classes=num_classes, shape=trained.shape, seed=config.seed,
+            )  # fmt: skip
             images.append(decode(x0)[: len(ids) - start])
         drawn = np.concatenate(images)
         samples.write(chunk, drawn, np.full(len(drawn), -1) if labels is None else labels.cpu().numpy())
@@ -91,12 +91,6 @@ def set_identity(config: SampleConfig, trained: TrainedModel, world: World) -> d
         "vae": config.vae,
         **{f"sampler.{key}": value for key, value in asdict(config.sampler).items()},
     }
-
-
-def input_shape(trained: TrainedModel) -> tuple[int, int, int]:
-    """(C, H, W) of what the model draws."""
-    height, width = trained.model.input_size  # type: ignore[misc]
-    return (int(trained.model.in_channels), int(height), int(width))  # type: ignore[arg-type]
 
 
 def decoder(config: SampleConfig, trained: TrainedModel, world: World) -> Callable[[Tensor], np.ndarray]:
@@ -142,7 +136,7 @@ def measure(
     """Write the grid, and the report if there is something to measure against; say where they are."""
     parts = list(samples.chunks())
     images, labels = np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
-    if references is None or trained.model.num_classes is None:
+    if references is None or trained.num_classes is None:
         save_grid(
             images[:100], None if labels[0] < 0 else labels[:100], samples.folder / "grid.png",
             columns=config.grid_columns,
@@ -158,7 +152,9 @@ def measure(
     )  # fmt: skip
     for name, metric in evaluation.metrics.items():
         print(f"{name:24s} {metric.value:8.4f}   real data {metric.floor:8.4f}")
-    print(f"samples: {samples.samples_file}\ngrid:    {files.grid}\npage:    {files.html}\nnumbers: {files.json}")
+    print(
+        f"samples: {samples.samples_file}\ngrid:    {files.grid}\npage:    {files.html}\nnumbers: {files.json}"
+    )
 
 
 def main(arguments: Sequence[str]) -> int:

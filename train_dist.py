@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from drwkv import command
-from drwkv.config import TrainConfig, check_train, identity, load
+from drwkv.config import TrainConfig, check_ranks, check_train, identity, load
 from drwkv.data.loader import Batch, Data, open_data
 from drwkv.diffusion.gaussian import GaussianProcess
 from drwkv.models.config import from_config
@@ -40,17 +41,20 @@ def train(config: TrainConfig) -> None:
     parallel, folder = config.parallel, Path(config.run.folder)
     data = open_data(config.data, seed=config.run.seed)
     data.check_fits(config.model)
+    model = from_config(config.model, seed=config.run.seed)
     with session(timeout_sec=parallel.timeout_sec, cpu_threads=parallel.cpu_threads) as world:
+        check_ranks(config.run, world.size)
         with logging_to(folder, world), Signals() as signals:
-            _train(config, data, folder, world, signals)
+            _train(config, model, data, folder, world, signals)
 
 
-def _train(config: TrainConfig, data: Data, folder: Path, world: World, signals: Signals) -> None:
+def _train(
+    config: TrainConfig, model: nn.Module, data: Data, folder: Path, world: World, signals: Signals
+) -> None:
     run, batch_size = config.run, config.run.batch_size
 
     # Set up.
     torch.backends.cuda.matmul.allow_tf32 = config.parallel.tf32
-    model = from_config(config.model, seed=run.seed)
     process = GaussianProcess(**vars(config.diffusion))
     objective = Objective(
         process, model, data.manifest, seed=run.seed, label_drop=run.label_drop, device=world.device
@@ -78,7 +82,7 @@ def _train(config: TrainConfig, data: Data, folder: Path, world: World, signals:
     stop_signal: str | None = None
     while state.step < run.total_steps:
         # Fetch, and hear from all ranks whether to go on.
-        micro_batches = health.guard(lambda: next(stream))
+        micro_batches = health.guard(stream.__next__)
         health.note_error(checkpoints.failure())
         if stop_signal := health.agree():
             break

@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from drwkv import command
 from data_prep.writer import ShardSetWriter
-from drwkv import rng
+from drwkv import command, rng
 from drwkv.data.manifest import Manifest
 
 NUM_CLASSES = 10

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from drwkv import command
 from data_prep.index import index_tar
+from drwkv import command
 from drwkv.data import manifest as layout
 from drwkv.data.shards import ShardSet
 

@@ -66,15 +66,21 @@ class TrainConfig:
 class SampleConfig:
     """All of `sample_dist.py`."""
 
-    checkpoint: str = "???"  # run folder (its latest whole checkpoint), one checkpoint folder, .pt or .safetensors
+    checkpoint: str = (
+        "???"  # run folder (its latest whole checkpoint), one checkpoint folder, .pt or .safetensors
+    )
     weights: Literal["ema", "model"] = "ema"  # which of the two sets of weights
     out: str = "???"  # folder of the sample set; the same folder again continues the set
     num_samples: int = 1000  # images in the set
     seed: int = 0  # 0 <= seed < 2**32; image i is a function of (seed, i)
-    micro_batch: int = 50  # images of one forward; part of the set's identity, as small matmuls round by shape
+    micro_batch: int = (
+        50  # images of one forward; part of the set's identity, as small matmuls round by shape
+    )
     chunk: int = 100  # images of one unit of work, a multiple of micro_batch
     cpu_threads: int = 1  # threads of each process on a CPU; part of the identity, as sums round by thread
-    vae: str | None = None  # folder or hub name of the VAE that decodes latents; None: the one of the training data
+    vae: str | None = (
+        None  # folder or hub name of the VAE that decodes latents; None: the one of the training data
+    )
     grid_columns: int = 10  # images of each class in the grid
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -94,7 +100,9 @@ def load(schema: type[T], arguments: Sequence[str]) -> T:
         merged = _merge(schema, merged, _parse_override(override), source="command line")
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
-        raise ValueError(f"config key {missing[0]!r} has no value: give {missing[0]}=... on the command line or in --config")
+        raise ValueError(
+            f"config key {missing[0]!r} has no value: give {missing[0]}=... on the command line or in --config"
+        )
     try:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -116,7 +124,7 @@ def identity(config: TrainConfig, data: dict[str, Any]) -> dict[str, Any]:
     kept: dict[str, Any] = {"run.seed": config.run.seed, "run.label_drop": config.run.label_drop}
     for group in ("model", "diffusion"):
         kept |= {f"{group}.{key}": value for key, value in asdict(getattr(config, group)).items()}
-    kept |= {f"data.{key}": value for key, value in data.items()}
+    kept |= {f"data.{key}": value for key, value in data.items() if key != "seed"}
     return json.loads(json.dumps(kept))
 
 
@@ -133,12 +141,24 @@ def check_train(config: TrainConfig) -> None:
     _require(starts == sorted(set(starts)), "optimizer.stages", starts, "list them by rising from_step")
 
 
+def check_ranks(run: RunConfig, world_size: int) -> None:
+    """ValueError if some rank would have a micro-batch without a sample."""
+    least = world_size * run.accumulate
+    advice = f"{world_size} processes x run.accumulate={run.accumulate} need {least} samples or more a batch"
+    _require(run.batch_size >= least, "run.batch_size", run.batch_size, advice)
+
+
 def check_sample(config: SampleConfig) -> None:
     """Check values against each other; ValueError names the key, the value and what to do."""
     _require(0 <= config.seed < 2**32, "seed", config.seed, "give 0 <= seed < 2**32")
     for key in ("num_samples", "micro_batch", "chunk", "cpu_threads", "grid_columns"):
         _require(getattr(config, key) >= 1, key, getattr(config, key), "give 1 or more")
-    _require(config.chunk % config.micro_batch == 0, "chunk", config.chunk, f"give a multiple of micro_batch={config.micro_batch}")
+    _require(
+        config.chunk % config.micro_batch == 0,
+        "chunk",
+        config.chunk,
+        f"give a multiple of micro_batch={config.micro_batch}",
+    )
 
 
 def _require(holds: bool, key: str, value: Any, advice: str) -> None:
@@ -159,14 +179,18 @@ def _split_arguments(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
         elif re.match(r"^[A-Za-z_][\w.]*=", argument):
             overrides.append(argument)
         else:
-            raise ValueError(f"command line: {argument!r} is not understood: give --config FILE or key.sub=value")
+            raise ValueError(
+                f"command line: {argument!r} is not understood: give --config FILE or key.sub=value"
+            )
     return path, overrides
 
 
 def _read_yaml(path: Path) -> DictConfig:
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        raise FileNotFoundError(f"--config {path}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+        raise FileNotFoundError(
+            f"--config {path}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else "")
+        )
     try:
         content = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
@@ -196,7 +220,9 @@ def _merge(schema: type, base: DictConfig, change: DictConfig, *, source: str) -
 def _check_keys(schema: type, content: Any, source: str, prefix: str) -> None:
     """Refuse keys that the dataclass does not have, naming the nearest that it has."""
     if not isinstance(content, dict):
-        raise ValueError(f"{source}: config key {prefix.rstrip('.')!r} is a group of keys, not one value: {content!r}")
+        raise ValueError(
+            f"{source}: config key {prefix.rstrip('.')!r} is a group of keys, not one value: {content!r}"
+        )
     known = {f.name for f in fields(schema)}
     hints = get_type_hints(schema)
     for key, value in content.items():

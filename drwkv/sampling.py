@@ -60,4 +60,3 @@ def draw(
         steps=config.steps,
         clip_denoised=config.clip_denoised,
     )
-

@@ -1,8 +1,8 @@
 """What every test may rely on: the marker `needs`, the account of skipped tests, and the files of the house.
 
-A test that needs a program or a GPU says so: `@pytest.mark.needs("sbatch", apt="slurm-wlm")`, `@pytest.mark.needs("gpu")`.
-Where that is absent the test is skipped, and the end of the run names it. With DRWKV_CI=1 in the environment a
-skip for any reason but the want of a GPU fails the run, so that CI cannot quietly stop testing something.
+A test that needs a program or a GPU is marked so, and skipped and named at the end where that is absent:
+`@pytest.mark.needs("sbatch", apt="slurm-wlm")`, `@pytest.mark.needs("gpu")`. With DRWKV_CI=1 in the
+environment a skip for any reason but the want of a GPU fails the run: CI cannot quietly stop testing a thing.
 """
 
 from __future__ import annotations
@@ -97,5 +97,5 @@ def house_files(root: Path) -> list[Path]:
             if not any(Path(name).match(pattern) for pattern in ignored_anywhere)
             and not (here == Path() and name in ignored_at_top)
         ]
-        found += [here / name for name in sorted(files)]
+        found += [here / name for name in sorted(files) if name != ".git"]
     return found

@@ -18,8 +18,14 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
     path = write(tmp_path, "run: {seed: 3, total_steps: 70}\nmodel: {options: {depth: 5, patch_size: 4}}\n")
-    config = load(TrainConfig, ["--config", str(path), "run.seed=4", "model.options.depth=7", "ema.decay=0.5"])
-    assert (config.run.seed, config.run.total_steps, config.run.batch_size) == (4, 70, TrainConfig().run.batch_size)
+    config = load(
+        TrainConfig, ["--config", str(path), "run.seed=4", "model.options.depth=7", "ema.decay=0.5"]
+    )
+    assert (config.run.seed, config.run.total_steps, config.run.batch_size) == (
+        4,
+        70,
+        TrainConfig().run.batch_size,
+    )
     assert config.model.options == {"depth": 7, "patch_size": 4}
     assert config.ema.decay == 0.5
 
@@ -33,7 +39,9 @@ def test_lists_of_stages_are_read_from_file_and_command_line(tmp_path: Path) -> 
 
 
 def test_a_dumped_config_is_read_back_equal(tmp_path: Path) -> None:
-    config = load(TrainConfig, ["run.seed=9", "data.paths=[a,b]", "optimizer.stages=[{from_step: 7, lr: 0.5}]"])
+    config = load(
+        TrainConfig, ["run.seed=9", "data.paths=[a,b]", "optimizer.stages=[{from_step: 7, lr: 0.5}]"]
+    )
     dump(config, tmp_path / "dumped.yaml")
     assert read_dumped(TrainConfig, tmp_path / "dumped.yaml") == config
 
@@ -80,11 +88,15 @@ def test_a_key_without_a_value_is_named() -> None:
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
-        (["run.seed=-1"], "run.seed"), (["run.seed=4294967296"], "run.seed"), (["run.batch_size=0"], "run.batch_size"),
-        (["run.label_drop=1.0"], "run.label_drop"), (["ema.decay=1.0"], "ema.decay"), (["optimizer.lr=0"], "optimizer.lr"),
+        (["run.seed=-1"], "run.seed"),
+        (["run.seed=4294967296"], "run.seed"),
+        (["run.batch_size=0"], "run.batch_size"),
+        (["run.label_drop=1.0"], "run.label_drop"),
+        (["ema.decay=1.0"], "ema.decay"),
+        (["optimizer.lr=0"], "optimizer.lr"),
         (["optimizer.stages=[{from_step: 7, lr: 1}, {from_step: 7, lr: 2}]"], "optimizer.stages"),
     ],
-)  # fmt: skip
+)
 def test_values_that_cannot_be_are_refused_before_a_run(overrides: list[str], key: str) -> None:
     with pytest.raises(ValueError, match=f"config key '{key}'"):
         check_train(load(TrainConfig, overrides))
@@ -123,8 +135,8 @@ def test_a_checkpoint_of_another_model_or_meaning_is_refused_and_kept(
     applications: Applications, digits: Path, tmp_path: Path
 ) -> None:
     base = [
-        "train_dist.py", "--config", "configs/digits.yaml", f"run.folder={tmp_path}", f"data.paths=[{digits / 'train'}]",
-        "run.batch_size=8", "monitor.progress=false", "model.options.depth=3",
+        "train_dist.py", "--config", "configs/digits.yaml", f"run.folder={tmp_path}",
+        f"data.paths=[{digits / 'train'}]", "run.batch_size=8", "monitor.progress=false", "model.options.depth=3",
     ]  # fmt: skip
     applications.run(*base, "run.total_steps=2")
     before = sorted(path for path in tmp_path.rglob("*"))

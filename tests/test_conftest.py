@@ -38,6 +38,7 @@ def _run(root: Path, folder: Path, suite: str, *, ci: bool) -> subprocess.Comple
     shutil.copy(root / "tests" / "conftest.py", folder)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    needs\n")
     (folder / "test_suite.py").write_text(suite)
+    (folder / "test_other.py").write_text("def test_that_passes():\n    pass\n")
     environment = {name: value for name, value in os.environ.items() if name != "DRWKV_CI"}
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
@@ -56,9 +57,9 @@ def test_a_test_without_its_tool_is_skipped_and_named_with_the_package_to_instal
     assert line in run.stdout
 
 
-@pytest.mark.parametrize("suite", [NO_TOOL, WHOLE_FILE])
+@pytest.mark.parametrize("suite", [NO_TOOL, WHOLE_FILE], ids=["a tool", "a whole file"])
 def test_ci_fails_when_anything_but_a_gpu_was_wanting(suite: str, root: Path, tmp_path: Path):
-    run = _run(root, tmp_path, suite + "\ndef test_that_passes():\n    pass\n", ci=True)
+    run = _run(root, tmp_path, suite, ci=True)
     assert run.returncode == 1, run.stdout
     assert "1 skips for want of something other than a GPU fail this run" in run.stdout
 
@@ -67,4 +68,4 @@ def test_ci_passes_without_a_gpu(root: Path, tmp_path: Path):
     run = _run(root, tmp_path, NO_GPU, ci=True)
     assert run.returncode == 0, run.stdout
     assert "test_suite.py::test_on_a_gpu: no GPU" in run.stdout
-    assert "1 passed, 1 skipped" in run.stdout
+    assert "2 passed, 1 skipped" in run.stdout

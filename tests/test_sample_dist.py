@@ -98,13 +98,17 @@ def test_another_seed_or_sampler_in_the_same_folder_is_refused(
     assert digest(alone) == before
 
 
-def test_a_damaged_chunk_is_named(applications: Applications, trained: Path, alone: Path, tmp_path: Path) -> None:
+def test_a_damaged_chunk_is_named(
+    applications: Applications, trained: Path, alone: Path, tmp_path: Path
+) -> None:
     applications.run(*arguments(trained, tmp_path, "num_samples=40"))
     chunk = tmp_path / "chunks" / "000001.npz"
     data = bytearray(chunk.read_bytes())
     data[len(data) // 2] ^= 1
     chunk.write_bytes(data)
-    assert "000001.npz: its bytes have changed" in applications.refused(*arguments(trained, tmp_path, "num_samples=40"))
+    assert "000001.npz: its bytes have changed" in applications.refused(
+        *arguments(trained, tmp_path, "num_samples=40")
+    )
 
 
 def test_the_report_holds_numbers_beside_their_floor_and_the_page_stands_alone(
@@ -117,7 +121,9 @@ def test_the_report_holds_numbers_beside_their_floor_and_the_page_stands_alone(
     agreement = report["metrics"]["class_agreement"]
     assert agreement["floor"] > 0.97 and 0 <= agreement["value"] < agreement["floor"]
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") >= 2 and "<svg" in page and "http" not in page.split("<svg")[0]
+    assert (
+        page.count("data:image/png;base64,") >= 2 and "<svg" in page and "http" not in page.split("<svg")[0]
+    )
     assert f"page:    {tmp_path / 'report.html'}" in finished.output
 
 

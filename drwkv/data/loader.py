@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -93,7 +93,7 @@ class Loader:
         self._shape, self._dtype = sets[0].sample_shape, getattr(torch, sets[0].manifest.dtype)
         self._pin = torch.cuda.is_available()
 
-    def batches(self, start: int) -> Iterator[list[Batch]]:
+    def batches(self, start: int) -> Generator[list[Batch], None, None]:
         """Micro-batches of [start, start + batch_size), then of the next, for ever.
 
         What a thread raises is raised here, at the batch that it belongs to. Closing the generator ends its
@@ -103,11 +103,11 @@ class Loader:
             raise ValueError(f"the loader was to start at n = {start}, it must be 0 or more")
         return self._read_ahead(start) if self._workers else self._read_here(start)
 
-    def _read_here(self, start: int) -> Iterator[list[Batch]]:
+    def _read_here(self, start: int) -> Generator[list[Batch], None, None]:
         for n0 in itertools.count(start, self._batch_size):
             yield [self._load(n) for n in self._pieces(n0)]
 
-    def _read_ahead(self, start: int) -> Iterator[list[Batch]]:
+    def _read_ahead(self, start: int) -> Generator[list[Batch], None, None]:
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="drwkv-loader")
         waiting: deque[list[Future[Batch]]] = deque()
         try:
@@ -187,7 +187,7 @@ class Data:
 
     def batches(
         self, batch_size: int, start: int, *, world: Place | None = None, accumulate: int = 1
-    ) -> Iterator[list[Batch]]:
+    ) -> Generator[list[Batch], None, None]:
         """The micro-batches of one rank of `world` from counter `start` on, as `Loader.batches`."""
         return Loader(
             self.sets,

@@ -13,6 +13,7 @@ Not here: reading a sample (shards.py), and batches, threads and flips (loader.p
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -209,7 +210,7 @@ def cut(
         raise ValueError(f"cut: n0 is {n0}, {len(streams)} streams for {batch_size} samples: give one each")
     n = n0 + np.argsort(streams, kind="stable")
     bounds = [i * batch_size // pieces for i in range(rank * accumulate, (rank + 1) * accumulate + 1)]
-    return [n[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [n[start:end] for start, end in itertools.pairwise(bounds)]
 
 
 def _walk(position: Words, size: Words, key: Words, rounds: int) -> Words:

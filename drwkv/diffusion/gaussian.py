@@ -13,6 +13,7 @@ model output) is widened to float32 first.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class GaussianProcess:
         Its own steps are 0..len-1; `model_t` turns them into original timesteps. Improved DDPM eq. 19.
         """
         kept = list(timesteps)
-        if not kept or any(b <= a for a, b in zip(kept, kept[1:], strict=False)):
+        if not kept or any(b <= a for a, b in itertools.pairwise(kept)):
             raise ValueError(f"respaced timesteps must be ascending and not empty, got {kept[:8]}")
         if kept[0] < 0 or kept[-1] >= self.num_timesteps:
             raise ValueError(f"respaced timesteps {kept[0]}..{kept[-1]} leave 0..{self.num_timesteps - 1}")

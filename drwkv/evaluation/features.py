@@ -8,7 +8,6 @@ float64 (N, D); another extractor is one more function or class of that shape.
 from __future__ import annotations
 
 import numpy as np
-from sklearn.svm import SVC
 
 
 def check_images(images: np.ndarray, name: str, like: np.ndarray | None = None) -> np.ndarray:
@@ -69,6 +68,9 @@ class SvmClassifier:
     """
 
     def __init__(self, gamma: float = 0.001 * 16**2, penalty: float = 1.0) -> None:
+        # scikit-learn takes a second to import, and only who classifies needs it.
+        from sklearn.svm import SVC
+
         self._svm = SVC(gamma=gamma, C=penalty)
         self._like: np.ndarray | None = None
 

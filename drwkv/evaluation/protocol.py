@@ -31,7 +31,9 @@ from drwkv.evaluation.metrics import (
 class EvaluateConfig:
     """Shard sets of pixels that a sample set is measured against; both or none."""
 
-    train: str | None = None  # the training split: fits the classifier, shows copies; None: nothing is measured
+    train: str | None = (
+        None  # the training split: fits the classifier, shows copies; None: nothing is measured
+    )
     held_out: str | None = None  # the held-out split: the reference of every distance
 
 

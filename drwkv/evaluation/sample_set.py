@@ -70,8 +70,13 @@ class SampleSet:
         """Images and labels of each chunk, in order. ValueError for a chunk whose bytes are not what was written."""
         for chunk in range(-(-self.num_samples // self.chunk)):
             data = self._file(chunk).read_bytes()
-            if google_crc32c.value(data) != json.loads(self._file(chunk).with_suffix(".json").read_text())["crc32c"]:
-                raise ValueError(f"{self._file(chunk)}: its bytes have changed; delete it and run the command again")
+            if (
+                google_crc32c.value(data)
+                != json.loads(self._file(chunk).with_suffix(".json").read_text())["crc32c"]
+            ):
+                raise ValueError(
+                    f"{self._file(chunk)}: its bytes have changed; delete it and run the command again"
+                )
             with np.load(io.BytesIO(data)) as arrays:
                 count = len(self.ids(chunk))
                 yield arrays["arr_0"][:count], arrays["arr_1"][:count]

@@ -11,6 +11,6 @@ __all__ = ["Engine", "ParallelConfig", "World", "session", "wrap"]
 
 
 def wrap(model: nn.Module, make_optimizer: MakeOptimizer, config: ParallelConfig, world: World) -> Engine:
-    """The engine that `config.engine` names, around `model`, which is moved to the rank's device and wrapped in place."""
+    """The engine that `config.engine` names, around `model`, which is moved and wrapped in place."""
     engines: dict[str, type[DdpEngine] | type[FsdpEngine]] = {"ddp": DdpEngine, "fsdp": FsdpEngine}
     return engines[config.engine](model, make_optimizer, config, world)

@@ -16,7 +16,9 @@ class DdpEngine(Engine):
 
     module: DistributedDataParallel
 
-    def __init__(self, model: nn.Module, make_optimizer: MakeOptimizer, config: ParallelConfig, world: World) -> None:
+    def __init__(
+        self, model: nn.Module, make_optimizer: MakeOptimizer, config: ParallelConfig, world: World
+    ) -> None:
         super().__init__(config, world)
         model.to(world.device)
         # DDP re-cuts its buckets after the first step, in the order in which gradients came: a resumed run then adds

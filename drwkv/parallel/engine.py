@@ -28,7 +28,9 @@ class ParallelConfig:
     engine: Literal["ddp", "fsdp"] = "fsdp"  # ddp: whole model on each rank; fsdp: sharded by FSDP2
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; parameters, optimizer and EMA stay float32
     reshard_after_forward: bool = True  # fsdp: free the gathered weights between forward and backward
-    fixed_buckets: bool = False  # ddp: one bucket layout from the first step on, so that a resume is bit for bit
+    fixed_buckets: bool = (
+        False  # ddp: one bucket layout from the first step on, so that a resume is bit for bit
+    )
     tf32: bool = True  # GPU: float32 matmuls may use TF32
     cpu_threads: int | None = None  # threads of each process on a CPU; None: torch's own choice
     timeout_sec: float = 600.0  # longest that a collective may take before the run stops

@@ -16,7 +16,9 @@ from drwkv.parallel.engine import Engine, MakeOptimizer, ParallelConfig
 class FsdpEngine(Engine):
     """One FSDP unit a block, in the order that the model names them, and one for what is left."""
 
-    def __init__(self, model: nn.Module, make_optimizer: MakeOptimizer, config: ParallelConfig, world: World) -> None:
+    def __init__(
+        self, model: nn.Module, make_optimizer: MakeOptimizer, config: ParallelConfig, world: World
+    ) -> None:
         super().__init__(config, world)
         mesh = init_device_mesh(world.device.type, (world.size,))
         model.to(world.device)

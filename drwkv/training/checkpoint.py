@@ -24,6 +24,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from drwkv.parallel.distributed import World
 
@@ -66,7 +67,8 @@ def read_scalars(checkpoint: Path) -> dict[str, Any]:
 def shapes(checkpoint: Path) -> dict[str, torch.Size]:
     """Name -> global shape of every tensor in a checkpoint."""
     metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata()
-    return {name: tensor.size for name, tensor in metadata.state_dict_metadata.items()}
+    found = metadata.state_dict_metadata
+    return {name: tensor.size for name, tensor in found.items() if isinstance(tensor, TensorStorageMetadata)}
 
 
 def read_full(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
@@ -95,7 +97,9 @@ class Checkpoints:
         """Whether the state after `step` steps is to be saved."""
         return step > 0 and step % self._config.every_steps == 0
 
-    def save(self, step: int, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any], *, wait: bool) -> None:
+    def save(
+        self, step: int, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any], *, wait: bool
+    ) -> None:
         """Save the state after `step` steps; returns once it is staged, or whole if `wait`. Collective.
 
         Raises the error of this rank's previous save, if it had one.
@@ -108,22 +112,28 @@ class Checkpoints:
             return
         self._world.barrier()
         expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        self._writing = dcp.async_save(
+        writing = dcp.async_save(
             dict(tensors),
             storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
             process_group=self._world.background,
         )
+        assert isinstance(writing, Future)
+        self._writing = writing
         if self._world.is_first:
             text = json.dumps(dict(scalars), indent=1)
             self._committed = Future()
-            self._writing.add_done_callback(lambda done: self._commit(done, temporary, final, expected, text))
+            writing.add_done_callback(lambda done: self._commit(done, temporary, final, expected, text))
         if wait or not self._config.asynchronous:
             self.finish()
             self._world.barrier()
 
     def newest(self, at_most_n: int | None = None) -> Path | None:
         """The newest whole checkpoint (from at most sample `at_most_n`), as rank 0 sees the folder. Collective."""
-        found = [c for c in whole_checkpoints(self.folder) if at_most_n is None or read_scalars(c)["n"] <= at_most_n]
+        found = [
+            c
+            for c in whole_checkpoints(self.folder)
+            if at_most_n is None or read_scalars(c)["n"] <= at_most_n
+        ]
         return self._world.from_first(found[-1] if found else None)
 
     def failure(self) -> BaseException | None:
@@ -206,13 +216,15 @@ def _check_files(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  # not a dict
+                for name in file.keys():  # not a dict
                     elements[name] += math.prod(file.get_slice(name).get_shape())
         except (SafetensorError, KeyError) as error:
             raise OSError(f"checkpoint file {path} cannot be read back: {error}") from error
     short = [name for name, shape in expected.items() if elements[name] != math.prod(shape)]
     if short:
-        raise OSError(f"checkpoint {folder}: {len(short)} tensors were not written whole, the first is {short[0]}")
+        raise OSError(
+            f"checkpoint {folder}: {len(short)} tensors were not written whole, the first is {short[0]}"
+        )
 
 
 def _sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, held like them: sharded where they are. Storing it is checkpoint.py's."""
+"""An exponential moving average of the weights, sharded where they are. Storing it is checkpoint.py's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ class EmaConfig:
     """The average that is sampled from."""
 
     decay: float = 0.9999  # weight of the old average in each step
-    warmup: bool = False  # True: decay min(decay, (1 + step) / (10 + step)), for runs shorter than 1 / (1 - decay)
+    warmup: bool = (
+        False  # True: decay min(decay, (1 + step) / (10 + step)), for runs shorter than 1 / (1 - decay)
+    )
 
 
 def decay_at(config: EmaConfig, step: int) -> float:

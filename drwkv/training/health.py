@@ -83,7 +83,9 @@ class Health:
         """
         failed, stop = self._world.agree_max([float(self._error is not None), float(self._signals.received)])
         if failed:
-            said = self._world.gather(None if self._error is None else f"{type(self._error).__name__}: {self._error}")
+            said = self._world.gather(
+                None if self._error is None else f"{type(self._error).__name__}: {self._error}"
+            )
             if self._error is not None:
                 raise self._error
             rank, message = next((rank, text) for rank, text in enumerate(said) if text is not None)

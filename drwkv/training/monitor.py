@@ -13,16 +13,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import google_crc32c
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from drwkv.parallel.distributed import World
 from drwkv.sampling import SamplerConfig
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger("drwkv")
 
@@ -78,9 +80,16 @@ class Monitor:
         cut_back(self._folder / "metrics.jsonl", step)
         self._metrics = (self._folder / "metrics.jsonl").open("a")
         self._bar = tqdm(
-            total=self._total_steps, initial=step, unit="step", disable=not self._config.progress, mininterval=0.5
+            total=self._total_steps,
+            initial=step,
+            unit="step",
+            disable=not self._config.progress,
+            mininterval=0.5,
         )
         if self._config.tensorboard_every_steps:
+            # Its import takes half a second, and ranks that show nothing need not wait for it.
+            from torch.utils.tensorboard import SummaryWriter
+
             self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step)
 
     def rewind(self, step: int) -> None:
@@ -111,7 +120,12 @@ class Monitor:
             "lr": record.lr,
             "images_per_sec": record.num_samples / seconds,
         }
-        line = {"step": record.step, "n": record.n, "num_samples": record.num_samples, "skipped": bool(found_inf)}
+        line = {
+            "step": record.step,
+            "n": record.n,
+            "num_samples": record.num_samples,
+            "skipped": bool(found_inf),
+        }
         self._metrics.write(json.dumps({**line, **numbers, "seconds": seconds}) + "\n")
         self._metrics.flush()
         self._bar.set_postfix_str(f"loss {loss:.4f}, {numbers['images_per_sec']:.0f} images/s", refresh=False)
@@ -169,7 +183,9 @@ class Audit:
             return
         for one_n, one_id, one in zip(n.tolist(), sample_id.tolist(), x_t.detach().cpu(), strict=True):
             digest = google_crc32c.value(one.contiguous().numpy().tobytes())
-            self._file.write(json.dumps({"step": step, "n": one_n, "id": one_id, "x_t": f"{digest:08x}"}) + "\n")
+            self._file.write(
+                json.dumps({"step": step, "n": one_n, "id": one_id, "x_t": f"{digest:08x}"}) + "\n"
+            )
         self._file.flush()
 
     def rewind(self, step: int) -> None:

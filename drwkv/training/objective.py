@@ -25,7 +25,9 @@ class Inputs:
     t: Tensor  # (B,) int64 timesteps
     eps: Tensor  # (B, C, H, W) standard normal
     y: Tensor | None  # (B,) int64 labels, num_classes where dropped; None without classes
-    keep: Tensor | None  # (L, B) stochastic depth: 0 or 1 / keep probability; None if no block is ever dropped
+    keep: (
+        Tensor | None
+    )  # (L, B) stochastic depth: 0 or 1 / keep probability; None if no block is ever dropped
 
 
 class Objective:

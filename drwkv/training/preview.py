@@ -1,4 +1,4 @@
-"""Sample grids while a run goes on: drawn from the EMA, shared out over the ranks. Whole sample sets: sample_dist.py."""
+"""Sample grids while a run goes on, drawn from the EMA on all ranks. Whole sample sets: sample_dist.py."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ PACKAGES = ("torch", "numpy", "diffusers", "safetensors", "webdataset", "triton"
 
 
 def begin(folder: Path, config: Any, manifest: Manifest, world: World, *, step: int) -> None:
-    """Write config.yaml and the data's manifest, add this start to starts.jsonl, and take away the request of an earlier stop."""
+    """Write config.yaml and the data's manifest, add this start to starts.jsonl, drop an old request to requeue."""
     if not world.is_first:
         return
     (folder / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
@@ -51,7 +51,9 @@ def begin(folder: Path, config: Any, manifest: Manifest, world: World, *, step: 
 def ask_requeue(folder: Path, world: World, *, reason: str, step: int) -> None:
     """Leave the file that a job's wrapper acts on: the run is not finished and wants to be queued again."""
     if world.is_first:
-        (folder / REQUEUE).write_text(json.dumps({"reason": reason, "step": step, "time": time.time()}) + "\n")
+        (folder / REQUEUE).write_text(
+            json.dumps({"reason": reason, "step": step, "time": time.time()}) + "\n"
+        )
         log.info("run %s: stopped by %s after step %d; the same command continues it", folder, reason, step)
 
 
@@ -59,8 +61,12 @@ def commit() -> str | None:
     """The commit of the checkout that this code runs from, with `+changes` if it differs; None outside a checkout."""
     here = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        changes = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        )
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
@@ -28,6 +29,17 @@ class TrainedModel:
     name: str  # where the weights were read from
     losses: list[tuple[int, float]]  # (step, loss) of its training, as far as known
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the model draws."""
+        height, width = cast(tuple[int, int], self.model.input_size)
+        return (cast(int, self.model.in_channels), height, width)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Labels are 0..num_classes-1; None: unconditional."""
+        return cast(int | None, self.model.num_classes)
+
 
 def open_trained(path: str, weights: str) -> TrainedModel:
     """The `weights` ("ema" or "model") at `path`, read without running any code of the file.
@@ -46,7 +58,9 @@ def open_trained(path: str, weights: str) -> TrainedModel:
     else:
         folder, found = place, latest(place / "checkpoints")
         if found is None:
-            raise ValueError(f"checkpoint {place}: holds no whole checkpoint; give a run folder, or step_N in its checkpoints")
+            raise ValueError(
+                f"checkpoint {place}: holds no whole checkpoint; give a run folder, or step_N in its checkpoints"
+            )
         checkpoint = found
     config = read_dumped(TrainConfig, folder / CONFIG)
     model = from_config(config.model, seed=config.run.seed)
@@ -54,4 +68,3 @@ def open_trained(path: str, weights: str) -> TrainedModel:
     manifest = Manifest(**json.loads((folder / DATA).read_text()))
     losses = [(line["step"], line["loss"]) for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
     return TrainedModel(model, config.diffusion, manifest, str(checkpoint), losses)
-

@@ -121,7 +121,9 @@ def go_back(state: TrainState, checkpoints: Checkpoints, bad_n: int) -> None:
     step, n = state.step, state.n
     checkpoints.finish()
     if not resume(state, checkpoints, at_most_n=bad_n):
-        raise NonFiniteRun(f"step {step}: not finite since sample {bad_n}, and there is no checkpoint from before")
+        raise NonFiniteRun(
+            f"step {step}: not finite since sample {bad_n}, and there is no checkpoint from before"
+        )
     state.list_skipped(bad_n, n)
     log.warning("went back from step %d to step %d; samples %d to %d are skipped", step, state.step, bad_n, n)
 

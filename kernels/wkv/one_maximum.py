@@ -2,19 +2,21 @@
 
 Valid for channels with |w| T + |u| <= REACH; the others take `carried_maximum.py`. `torch.py` chooses.
 The equations are numbered in `README.md`.
-Shapes: S the pair (numerator, denominator), B batch, T tokens, C channels; of the scan, N levels and R the radix.
+Shapes: S the pair (numerator, denominator), B batch, T tokens, C channels, N levels and R radix of the scan.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 REACH = 30.0  # y holds to 60 in float32; from about 30 on the gradient of a negative decay loses digits
-RADIX = 16  # so no power of the decay is multiplied up more than 2 * RADIX times: rounding does not grow with T
-BLOCK = 1 << 18  # elements of one (B, T, C) temporary: they stay in the cache, and memory beyond k and v is constant
+RADIX = 16  # tokens of a chunk; a decay is multiplied up inside a chunk only, so its rounding stays small
+BLOCK = 1 << 19  # elements of a (B, T, C) buffer: few enough for the cache, enough to outweigh the calls
+NARROWEST = 64  # channels of a block: rows of fewer are read and added slowly
 
 
 def forward(
@@ -73,21 +75,18 @@ def backward(
 def _blocks(
     k_BTC: Tensor, dtype: torch.dtype, count: int
 ) -> Iterator[tuple[tuple[slice, slice, slice], Sequence[Tensor]]]:
-    """Index blocks of about BLOCK elements, all tokens in each, with `count` temporaries (S, B, T, C) for each."""
+    """Index blocks of about BLOCK elements, all tokens in each, and give each `count` buffers (S, B, T, C)."""
     if k_BTC.numel() == 0:
         return
     batch, num_tokens, channels = k_BTC.shape
-    batch_step = max(1, BLOCK // (num_tokens * channels))
-    pieces = max(1, min(channels // 32, num_tokens * channels // BLOCK))
-    channel_step = -(-channels // pieces)
-    largest = min(batch, batch_step) * num_tokens * channel_step
-    workspace = k_BTC.new_empty((count, 2 * largest), dtype=dtype)
-    for b in range(0, batch, batch_step):
-        for c in range(0, channels, channel_step):
-            shape = (2, min(batch_step, batch - b), num_tokens, min(channel_step, channels - c))
-            numel = 2 * shape[1] * shape[2] * shape[3]
+    b_step = -(-batch // min(batch, -(-k_BTC.numel() // BLOCK)))
+    c_step = -(-channels // max(1, min(channels // NARROWEST, num_tokens * channels // BLOCK)))
+    workspace = k_BTC.new_empty((count, 2 * b_step * num_tokens * c_step), dtype=dtype)
+    for b in range(0, batch, b_step):
+        for c in range(0, channels, c_step):
+            shape = (2, min(b_step, batch - b), num_tokens, min(c_step, channels - c))
             at = (slice(b, b + shape[1]), slice(None), slice(c, c + shape[3]))
-            yield at, workspace[:, :numel].view(count, *shape).unbind()
+            yield at, workspace[:, : math.prod(shape)].view(count, *shape).unbind()
 
 
 def _tables(w_C: Tensor, u_C: Tensor, k_BTC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

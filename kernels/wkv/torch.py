@@ -44,9 +44,7 @@ def _bi_wkv_backward(
     gv = torch.empty_like(v, memory_format=torch.contiguous_format)
     near, far = _split_channels(decay, first, k.shape[1])
     if near is None:
-        gw, gu = one_maximum.backward(
-            decay, first, k, v, gy, gk_BTC=gk, gv_BTC=gv, dtype=_state_dtype(k, v)
-        )
+        gw, gu = one_maximum.backward(decay, first, k, v, gy, gk_BTC=gk, gv_BTC=gv, dtype=_state_dtype(k, v))
         return gw.to(decay.dtype), gu.to(first.dtype), gk, gv
 
     gw, gu = torch.empty_like(decay), torch.empty_like(first)
@@ -102,9 +100,9 @@ def _differentiate(ctx: Any, gy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
 _bi_wkv.register_autograd(_differentiate, setup_context=_save_inputs)
 
 
-# Per token and channel, an exponential counting as one. Forward: x 3, two scans of a pair with their carries 16,
-# diagonal and sum 6, quotient 1. Backward: the forward's x and sums 25, g and h 4, their two scans 16, the sums for
-# u and w 16, gradients of k and v 10.
+# Per token and channel, an exponential counting as one.
+# Forward: x 3, two scans of a pair with their carries 16, diagonal and sum 6, quotient 1.
+# Backward: the forward's x and sums 25, g and h 4, their two scans 16, for u and w 16, for k and v 10.
 FORWARD_FLOPS = 26
 BACKWARD_FLOPS = 71
 

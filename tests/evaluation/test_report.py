@@ -37,7 +37,7 @@ def evaluation(digits) -> Evaluation:
 class Page(HTMLParser):
     """Collects elements and texts; fails on tags that do not nest."""
 
-    VOID = {"meta", "img", "line"}
+    VOID = frozenset({"meta", "img", "line"})
 
     def __init__(self, text: str) -> None:
         super().__init__()

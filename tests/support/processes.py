@@ -82,7 +82,12 @@ class Applications:
             with log.open("a") as out:
                 processes.append(
                     subprocess.Popen(
-                        [sys.executable, *arguments], cwd=cwd, env=environment, stdout=out, stderr=out, text=True
+                        [sys.executable, *arguments],
+                        cwd=cwd,
+                        env=environment,
+                        stdout=out,
+                        stderr=out,
+                        text=True,
                     )
                 )
         self.groups.append(Group(processes, log))
@@ -91,7 +96,9 @@ class Applications:
     def run(self, *arguments: str, world_size: int = 1) -> Finished:
         """Start and wait; fails the test, with the output, unless every rank exits with 0."""
         finished = self.start(*arguments, world_size=world_size).wait()
-        assert finished.codes == [0] * world_size, f"{arguments} ended with {finished.codes}:\n{finished.output}"
+        assert finished.codes == [0] * world_size, (
+            f"{arguments} ended with {finished.codes}:\n{finished.output}"
+        )
         return finished
 
     def refused(self, *arguments: str) -> str:
@@ -139,5 +146,7 @@ def applications(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Applicati
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the shard sets `train` and `test` of the digits."""
     folder = tmp_path_factory.mktemp("digits")
-    subprocess.run([sys.executable, "-m", "data_prep.digits", str(folder)], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "data_prep.digits", str(folder)], cwd=ROOT, check=True, capture_output=True
+    )
     return folder

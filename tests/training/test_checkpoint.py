@@ -12,7 +12,15 @@ import torch
 
 from drwkv.parallel import World, session
 from drwkv.training import checkpoint as checkpoints_module
-from drwkv.training.checkpoint import MARK, CheckpointConfig, Checkpoints, latest, read_full, read_scalars, whole_checkpoints
+from drwkv.training.checkpoint import (
+    MARK,
+    CheckpointConfig,
+    Checkpoints,
+    latest,
+    read_full,
+    read_scalars,
+    whole_checkpoints,
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +31,11 @@ def world() -> Iterator[World]:
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
-    return {"model.a": torch.full((3, 5), value), "ema.a": torch.full((3, 5), 2 * value), "model.b": torch.full((7,), value)}
+    return {
+        "model.a": torch.full((3, 5), value),
+        "ema.a": torch.full((3, 5), 2 * value),
+        "model.b": torch.full((7,), value),
+    }
 
 
 def save_steps(folder: Path, world: World, config: CheckpointConfig, steps: list[int]) -> Checkpoints:

@@ -31,9 +31,9 @@ def run(applications: Applications, digits: Path, tmp_path_factory: pytest.TempP
             place = folder or tmp_path_factory.mktemp("run")
             applications.run(
                 "train_dist.py", "--config", "configs/digits.yaml", f"run.folder={place}", f"run.total_steps={steps}",
-                f"data.paths=[{digits / 'train'}]", f"run.batch_size={BATCH}", "run.audit=true", "monitor.progress=false",
-                "monitor.grid_every_steps=0", "checkpoint.every_steps=1000", "run.label_drop=0.1",
-                "model.options.drop_path_rate=0.1", *overrides, world_size=world_size,
+                f"data.paths=[{digits / 'train'}]", f"run.batch_size={BATCH}", "run.audit=true",
+                "monitor.progress=false", "monitor.grid_every_steps=0", "checkpoint.every_steps=1000",
+                "run.label_drop=0.1", "model.options.drop_path_rate=0.1", *overrides, world_size=world_size,
             )  # fmt: skip
             done[key] = place
         return done[key]
@@ -94,7 +94,9 @@ def test_two_micro_batches_train_the_same_run_as_one_batch_twice_their_size(run:
     assert audit(whole) == audit(cut)
 
 
-@pytest.mark.parametrize("overrides", [(), ("parallel.engine=ddp", "parallel.fixed_buckets=true")], ids=["fsdp", "ddp"])
+@pytest.mark.parametrize(
+    "overrides", [(), ("parallel.engine=ddp", "parallel.fixed_buckets=true")], ids=["fsdp", "ddp"]
+)
 def test_resume_continues_bit_for_bit(run: Run, tmp_path: Path, overrides: tuple[str, ...]) -> None:
     unbroken = run(*overrides, world_size=3)
     run(*overrides, world_size=3, folder=tmp_path, steps=STEPS // 2)
@@ -121,12 +123,22 @@ def test_a_batch_size_changed_in_mid_run_keeps_the_order(run: Run, tmp_path: Pat
     assert [line["num_samples"] for line in metrics(tmp_path)] == [BATCH] * 20 + [96] * 20
 
 
-def test_a_finished_run_says_so_and_changes_nothing(run: Run, applications: Applications, digits: Path) -> None:
+def test_a_finished_run_says_so_and_changes_nothing(
+    run: Run, applications: Applications, digits: Path
+) -> None:
     folder = run()
-    before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "log.txt"}
+    before = {
+        path: path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "log.txt"
+    }
     finished = applications.run(
         "train_dist.py", "--config", str(folder / "config.yaml"), f"run.total_steps={STEPS}",
     )  # fmt: skip
     assert f"is finished: {STEPS} of {STEPS} steps are done" in finished.output
-    after = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "log.txt"}
+    after = {
+        path: path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "log.txt"
+    }
     assert before == after

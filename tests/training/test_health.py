@@ -22,7 +22,13 @@ SMALL = [
 
 
 def arguments(digits: Path, folder: Path, steps: int, *more: str) -> list[str]:
-    return [*SMALL, f"data.paths=[{digits / 'train'}]", f"run.folder={folder}", f"run.total_steps={steps}", *more]
+    return [
+        *SMALL,
+        f"data.paths=[{digits / 'train'}]",
+        f"run.folder={folder}",
+        f"run.total_steps={steps}",
+        *more,
+    ]
 
 
 def poisoned(bad_steps: str) -> str:
@@ -44,7 +50,9 @@ command.run(train_dist.main)
 """
 
 
-def test_a_nan_on_one_rank_leaves_the_step_out_on_all(applications: Applications, digits: Path, tmp_path: Path) -> None:
+def test_a_nan_on_one_rank_leaves_the_step_out_on_all(
+    applications: Applications, digits: Path, tmp_path: Path
+) -> None:
     applications.run("-c", poisoned("{3, 4}"), *arguments(digits, tmp_path, 8), world_size=2)
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines if line["skipped"]] == [3, 4]
@@ -109,7 +117,9 @@ def test_a_run_that_stays_non_finite_stops_and_names_the_steps() -> None:
 
 def wait_for_steps(group: Group, folder: Path, steps: int) -> None:
     while group.running():
-        if (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) >= steps:
+        if (folder / "metrics.jsonl").exists() and len(
+            (folder / "metrics.jsonl").read_text().splitlines()
+        ) >= steps:
             return
         time.sleep(0.01)
     raise AssertionError(group.wait().output)
