@@ -46,6 +46,8 @@ def sample(config: SampleConfig) -> None:
 
 
 def _draw_missing(config: SampleConfig, trained: TrainedModel, samples: SampleSet, world: World) -> None:
+    process, decode = GaussianProcess(**vars(trained.process)), decoder(config, trained, world)
+
     # Say whose set this is, and share out what is missing.
     identity = set_identity(config, trained, world)
     failure = None
@@ -60,7 +62,6 @@ def _draw_missing(config: SampleConfig, trained: TrainedModel, samples: SampleSe
 
     # Draw chunk by chunk.
     model, num_classes = trained.model.to(world.device).eval(), trained.num_classes
-    process, decode = GaussianProcess(**vars(trained.process)), decoder(config, trained, world)
     mine = missing[world.rank :: world.size]
     for chunk in tqdm(mine, unit="chunk", desc="sampling", disable=not world.is_first):
         ids = torch.as_tensor(samples.ids(chunk), device=world.device)
@@ -96,6 +97,10 @@ def set_identity(config: SampleConfig, trained: TrainedModel, world: World) -> d
 def decoder(config: SampleConfig, trained: TrainedModel, world: World) -> Callable[[Tensor], np.ndarray]:
     """From x_0 (B, C, H, W) to images uint8 (B, H, W, C): pixels as they are, latents through the VAE."""
     manifest = trained.manifest
+    if config.vae is None and manifest is None and trained.shape[0] not in (1, 3):
+        raise ValueError(
+            f"{trained.name}: draws {trained.shape[0]} channels, which are latents: give vae=FOLDER to decode them"
+        )
     if config.vae is None and (manifest is None or manifest.kind == "pixels"):
         to_images: Callable[[Tensor], Tensor] = lambda x0: x0  # noqa: E731
     else:

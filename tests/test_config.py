@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from processes import Applications
 
+import train_dist
+from drwkv import command
 from drwkv.config import SampleConfig, TrainConfig, check_sample, check_train, dump, load, read_dumped
 
 
@@ -107,46 +111,91 @@ def test_a_chunk_that_no_micro_batch_divides_is_refused() -> None:
         check_sample(load(SampleConfig, ["checkpoint=x", "out=y", "micro_batch=30"]))
 
 
+def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that `train_dist.py ARGUMENTS` ends with, and exit code 2; run in this process, to be quick."""
+    monkeypatch.setattr("sys.argv", ["train_dist.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        command.run(train_dist.main)
+    assert caught.value.code == 2
+    said = capfd.readouterr().err.splitlines()
+    assert said[-1].startswith("error: ") and not any("Traceback" in line for line in said), said
+    return said[-1]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("run.sede=1", ["'run.sede'", "'run.seed'"]),
+        ("run.seed=x", ["'run.seed'", "'x'"]),
+        ("data.paths=[/nowhere/at/all]", ["/nowhere/at/all"]),
+        ("model.in_channels=3", ["in_channels", "3", "manifest.json"]),
+        ("model.num_classes=9", ["num_classes", "9", "10"]),
+        ("model.input_size=[16,16]", ["16x16", "8x8"]),
+        ("model.options.patch_size=3", ["8", "3", "patch"]),
+        ("model.options.hiden_size=3", ["hiden_size", "hidden_size"]),
+        ("model.name=DRWKV-XL/2", ["DRWKV-XL/2", "DRWKV-"]),
+        ("run.accumulate=1000", ["run.batch_size", "1000"]),
+    ],
+)
 def test_bad_input_to_training_is_one_line_exit_code_2_and_nothing_written(
-    applications: Applications, digits: Path, tmp_path: Path
-) -> None:
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    override: str, words: list[str],
+) -> None:  # fmt: skip
     run = tmp_path / "run"
-    base = ["train_dist.py", "--config", "configs/digits.yaml", f"run.folder={run}", "run.total_steps=1"]
-    train = f"data.paths=[{digits / 'train'}]"
-    cases = {
-        ("run.sede=1", train): ["'run.sede'", "'run.seed'"],
-        ("run.seed=x", train): ["'run.seed'", "'x'"],
-        (f"data.paths=[{tmp_path / 'nowhere'}]",): ["nowhere"],
-        ("model.in_channels=3", train): ["in_channels", "3", "manifest.json"],
-        ("model.num_classes=9", train): ["num_classes", "9", "10"],
-        ("model.input_size=[16,16]", train): ["16x16", "8x8"],
-        ("model.options.patch_size=3", train): ["8", "3", "patch"],
-        ("model.options.hiden_size=3", train): ["hiden_size", "hidden_size"],
-        ("model.name=DRWKV-XL/2", train): ["DRWKV-XL/2", "DRWKV-"],
-        ("run.batch_size=1", "run.accumulate=2", train): ["batch_size", "1", "2"],
-    }
-    for overrides, words in cases.items():
-        line = applications.refused(*base, *overrides)
-        assert all(word in line for word in words), line
-        assert not run.exists(), line
+    base = ["--config", "configs/digits.yaml", f"run.folder={run}", "run.total_steps=1"]
+    line = refused(monkeypatch, capfd, *base, f"data.paths=[{digits / 'train'}]", override)
+    assert all(word in line for word in words), line
+    assert not run.exists()
+
+
+def test_a_mistake_ends_the_process_with_code_2_and_one_line(
+    applications: Applications, tmp_path: Path
+) -> None:
+    assert "'run.sede'" in applications.refused(
+        "train_dist.py", "run.sede=1", f"run.folder={tmp_path / 'run'}"
+    )
+    assert "'chunck'" in applications.refused("sample_dist.py", "chunck=1", f"out={tmp_path / 'run'}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_label_out_of_range_is_named_before_anything_is_written(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(digits / "train", shards)
+    rows = np.load(shards / "index" / "samples.npy", mmap_mode="r+")
+    rows["label"][5] = 10
+    rows.flush()
+    arguments = [
+        "--config",
+        "configs/digits.yaml",
+        f"run.folder={tmp_path / 'run'}",
+        f"data.paths=[{shards}]",
+    ]
+    line = refused(
+        monkeypatch, capfd, *arguments, "run.total_steps=30", "run.batch_size=128", "monitor.progress=false"
+    )
+    assert "samples.npy" in line, line
 
 
 def test_a_checkpoint_of_another_model_or_meaning_is_refused_and_kept(
-    applications: Applications, digits: Path, tmp_path: Path
-) -> None:
+    applications: Applications, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     base = [
-        "train_dist.py", "--config", "configs/digits.yaml", f"run.folder={tmp_path}",
-        f"data.paths=[{digits / 'train'}]", "run.batch_size=8", "monitor.progress=false", "model.options.depth=3",
+        "--config", "configs/digits.yaml", f"run.folder={tmp_path}", f"data.paths=[{digits / 'train'}]",
+        "run.batch_size=8", "monitor.progress=false", "model.options.depth=3",
     ]  # fmt: skip
-    applications.run(*base, "run.total_steps=2")
-    before = sorted(path for path in tmp_path.rglob("*"))
+    applications.run("train_dist.py", *base, "run.total_steps=2")
+    before = sorted(tmp_path.rglob("*"))
     for override, words in {
-        "model.options.hidden_size=64": ["model.options"],
+        "model.options.hidden_size=32": ["model.options"],
         "run.seed=5": ["run.seed", "0", "5"],
         "data.window=4": ["data.window", "4"],
         "diffusion.num_timesteps=500": ["diffusion.num_timesteps", "1000", "500"],
     }.items():
-        line = applications.refused(*base, "run.total_steps=4", override)
+        line = refused(monkeypatch, capfd, *base, "run.total_steps=4", override)
         assert all(word in line for word in ["step_00000002", *words]), line
-    assert sorted(path for path in tmp_path.rglob("*")) == before
-    assert "is finished: 2 of 2" in applications.run(*base, "run.total_steps=2", "optimizer.lr=0.5").output
+    assert sorted(tmp_path.rglob("*")) == before
+    changed = applications.run("train_dist.py", *base, "run.total_steps=2", "optimizer.lr=0.5")
+    assert "is finished: 2 of 2" in changed.output

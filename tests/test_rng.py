@@ -205,7 +205,7 @@ def test_arguments_out_of_range_raise_a_value_error_with_the_number(call, named)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.needs("gpu")
 def test_the_gpu_draws_the_same_integers_and_normals_to_1e_6():
     n = torch.tensor(COUNTERS)
     gpu = n.cuda()

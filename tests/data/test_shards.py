@@ -237,7 +237,7 @@ def test_a_model_that_does_not_fit_is_refused_naming_key_value_file_and_the_fix(
 def test_a_pickled_array_is_never_opened():
     array = np.array([{"a": 1}], dtype=object)
     stream = io.BytesIO()
-    np.save(stream, array, allow_pickle=True)
+    np.save(stream, array)  # an array of objects is pickled
     with pytest.raises(ValueError, match="npy array of object"):
         npy_header_size(stream.getvalue(), shape=(1,), dtype=np.dtype("uint8"))
     with pytest.raises(ValueError):

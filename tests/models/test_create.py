@@ -23,10 +23,8 @@ def test_names_are_the_sizes_of_the_release_and_the_bare_family() -> None:
     assert options("DRWKV-H/2") == {"hidden_size": 1024, "depth": 37, "patch_size": 2}
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", [name for name in names() if "/" in name])
 def test_every_sized_name_builds_on_the_meta_device(name: str) -> None:
-    if "/" not in name:
-        pytest.skip("a bare family has no size")
     with torch.device("meta"):
         model: Any = create(name, input_size=(32, 16), in_channels=4, num_classes=10)
     assert all(parameter.is_meta for parameter in model.parameters())
