@@ -133,6 +133,8 @@ def check_train(config: TrainConfig) -> None:
     run = config.run
     _require(0 <= run.seed < 2**32, "run.seed", run.seed, "give 0 <= seed < 2**32")
     _require(0.0 <= run.label_drop < 1.0, "run.label_drop", run.label_drop, "give a probability in [0, 1)")
+    units = config.parallel.blocks_per_unit
+    _require(units >= 1, "parallel.blocks_per_unit", units, "give 1 or more")
     for key in ("total_steps", "batch_size", "accumulate"):
         _require(getattr(run, key) >= 1, f"run.{key}", getattr(run, key), "give 1 or more")
     _require(0.0 <= config.ema.decay < 1.0, "ema.decay", config.ema.decay, "give a decay in [0, 1)")

@@ -29,8 +29,8 @@ class DdpEngine(Engine):
             gradient_as_bucket_view=True,
             find_unused_parameters=config.fixed_buckets,
         )
-        self.parameters = dict(model.named_parameters())
-        self.optimizer = make_optimizer(self.parameters.values())
+        self.parts = dict(model.named_parameters())
+        self.optimizer = make_optimizer(self.parts.values())
 
     def _synchronised(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if last else self.module.no_sync()

@@ -14,7 +14,6 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from drwkv.parallel.distributed import World
 
@@ -28,6 +27,9 @@ class ParallelConfig:
     engine: Literal["ddp", "fsdp"] = "fsdp"  # ddp: whole model on each rank; fsdp: sharded by FSDP2
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; parameters, optimizer and EMA stay float32
     reshard_after_forward: bool = True  # fsdp: free the gathered weights between forward and backward
+    blocks_per_unit: int = (
+        1  # fsdp: blocks whose weights are gathered together; more for models of small blocks
+    )
     fixed_buckets: bool = (
         False  # ddp: one bucket layout from the first step on, so that a resume is bit for bit
     )
@@ -36,25 +38,28 @@ class ParallelConfig:
     timeout_sec: float = 600.0  # longest that a collective may take before the run stops
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of `tensor` that this rank holds: the shard of a DTensor, a plain tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 class Engine(ABC):
     """A wrapped model with its optimizer.
 
+    Optimizer and averages work on plain tensors, the parts that this rank holds: arithmetic on DTensors costs more in
+    their dispatch than in itself. `whole` turns a part back into what a checkpoint stores.
+
     Attributes:
         module: what the loop calls; same arguments and results as the model.
-        parameters: name in the plain model -> parameter as this engine holds it (DTensor where sharded).
+        parts: name in the plain model -> this rank's part of the parameter (all of it where nothing is sharded).
+        optimizer: of `parts`.
     """
 
     module: nn.Module
-    parameters: dict[str, nn.Parameter]
+    parts: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
 
     def __init__(self, config: ParallelConfig, world: World) -> None:
         self.config, self.world = config, world
+
+    def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        """`part`, shaped and placed like `parts[name]`, as the tensor of which it is a part (a DTensor if sharded)."""
+        return part
 
     @abstractmethod
     def _synchronised(self, last: bool) -> AbstractContextManager[None]:
@@ -72,12 +77,22 @@ class Engine(ABC):
         """Add the gradient of `loss`, this rank's share of the global loss. Collectives average: undo that."""
         (loss * self.world.size).backward()
 
+    @torch.no_grad()
     def clip_grad_norm(self, max_norm: float | None) -> torch.Tensor:
         """L2 norm of the global gradient before clipping, 0-dim on the device, the same on each rank. Collective."""
-        parameters = list(self.parameters.values())
-        limit = float("inf") if max_norm is None else max_norm
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        grads = [grad for part in self._with_gradients() if (grad := part.grad) is not None]
+        norm = self._global_norm(torch.nn.utils.get_total_norm(grads, foreach=True))
+        if max_norm is not None:
+            torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def _with_gradients(self) -> list[nn.Parameter]:
+        """The parts, each with its `.grad`."""
+        return list(self.parts.values())
+
+    def _global_norm(self, norm: torch.Tensor) -> torch.Tensor:
+        """The norm of the whole gradient, from that of this rank's part (here: the whole gradient)."""
+        return norm
 
     def step(self, lr: float, found_inf: torch.Tensor) -> None:
         """One optimizer step at rate `lr`, left out on the device where `found_inf` (0-dim float) is 1."""
@@ -85,7 +100,7 @@ class Engine(ABC):
             group["lr"] = lr
         self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # read by torch's fused step
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.module.zero_grad(set_to_none=True)
 
     def refresh(self) -> None:  # noqa: B027  # most engines hold one copy of the weights and have nothing to do
-        """Called after `parameters` were written in place: drop gathered copies of the old values."""
+        """Called after `parts` were written in place: drop gathered copies of the old values."""

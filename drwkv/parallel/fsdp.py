@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import cast
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from drwkv.parallel.distributed import World
 from drwkv.parallel.engine import Engine, MakeOptimizer, ParallelConfig
 
 
 class FsdpEngine(Engine):
-    """One FSDP unit a block, in the order that the model names them, and one for what is left."""
+    """A unit of `blocks_per_unit` blocks after another, in the model's order, and one for what is left."""
 
     def __init__(
         self, model: nn.Module, make_optimizer: MakeOptimizer, config: ParallelConfig, world: World
@@ -22,12 +25,27 @@ class FsdpEngine(Engine):
         super().__init__(config, world)
         mesh = init_device_mesh(world.device.type, (world.size,))
         model.to(world.device)
-        for block in model.blocks_in_order():  # type: ignore[operator]
-            fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard_after_forward)
+        blocks: list[nn.Module] = model.blocks_in_order()  # type: ignore[operator]
+        for i in range(0, len(blocks), config.blocks_per_unit):
+            unit = blocks[i : i + config.blocks_per_unit]
+            fully_shard(unit, mesh=mesh, reshard_after_forward=config.reshard_after_forward)
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
         self.module = model
-        self.parameters = dict(model.named_parameters())
-        self.optimizer = make_optimizer(self.parameters.values())
+        self._sharded = {name: cast(DTensor, parameter) for name, parameter in model.named_parameters()}
+        self.parts = {name: nn.Parameter(p.to_local().detach()) for name, p in self._sharded.items()}
+        self.optimizer = make_optimizer(self.parts.values())
+
+    def whole(self, name: str, part: torch.Tensor) -> DTensor:
+        like = self._sharded[name]
+        return DTensor.from_local(
+            part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
+
+    def _with_gradients(self) -> list[nn.Parameter]:
+        for name, sharded in self._sharded.items():
+            assert isinstance(sharded.grad, DTensor)
+            self.parts[name].grad = sharded.grad.to_local()
+        return super()._with_gradients()
 
     def _units(self) -> list[FSDPModule]:
         return [m for m in self.module.modules() if isinstance(m, FSDPModule)]
@@ -40,6 +58,9 @@ class FsdpEngine(Engine):
             yield
 
         return scope()
+
+    def _global_norm(self, norm: torch.Tensor) -> torch.Tensor:
+        return self.world.sum_(norm.square()).sqrt()
 
     def refresh(self) -> None:
         for unit in self._units():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from drwkv.parallel.engine import Engine, local
+from drwkv.parallel.engine import Engine
 
 
 @dataclass
@@ -27,21 +27,20 @@ def decay_at(config: EmaConfig, step: int) -> float:
 
 
 class Ema:
-    """ema <- decay * ema + (1 - decay) * weights, in float32, on each rank's own part."""
+    """ema <- decay * ema + (1 - decay) * weights, in float32, on this rank's parts (`parts`, by name)."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.tensors = {name: p.detach().clone() for name, p in engine.parameters.items()}
-        self._averages = [local(t) for t in self.tensors.values()]
+        self.parts = {name: part.detach().clone() for name, part in engine.parts.items()}
 
-    def _weights(self) -> list[torch.Tensor]:
-        return [local(p.detach()) for p in self._engine.parameters.values()]
+    def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return ((average, self._engine.parts[name].detach()) for name, average in self.parts.items())
 
     @torch.no_grad()
     def update(self, decay: float, found_inf: torch.Tensor) -> None:
         """One step at `decay`, left out on the device where `found_inf` (0-dim float) is 1."""
         weight = (1.0 - decay) * (1.0 - found_inf)
-        for average, value in zip(self._averages, self._weights(), strict=True):
+        for average, value in self._pairs():
             average.lerp_(value, weight)
 
     @contextmanager
@@ -55,7 +54,7 @@ class Ema:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        for average, value in zip(self._averages, self._weights(), strict=True):
+        for average, value in self._pairs():
             held = value.clone()
             value.copy_(average)
             average.copy_(held)

@@ -40,12 +40,11 @@ class TrainState:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the state under one layout for all engines: model.*, ema.*, exp_avg.*, exp_avg_sq.*."""
         found: dict[str, torch.Tensor] = {}
-        for name, parameter in self.engine.parameters.items():
-            moments = self.engine.optimizer.state[parameter]
-            found[f"model.{name}"] = parameter.detach()
-            found[f"ema.{name}"] = self.ema.tensors[name]
-            found[f"exp_avg.{name}"] = moments["exp_avg"]
-            found[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
+        for name, part in self.engine.parts.items():
+            moments = self.engine.optimizer.state[part]
+            held = {"model": part.detach(), "ema": self.ema.parts[name]}
+            for kind, tensor in (held | {kind: moments[kind] for kind in ("exp_avg", "exp_avg_sq")}).items():
+                found[f"{kind}.{name}"] = self.engine.whole(name, tensor)
         return found
 
     def scalars(self) -> dict[str, Any]:

@@ -1,20 +1,21 @@
-"""Bi-WKV under one maximum per (batch, channel): two plain linear recurrences and the diagonal.
+"""Bi-WKV under one maximum per (batch, channel): two plain linear scans (`scan.py`) and the diagonal.
 
 Valid for channels with |w| T + |u| <= REACH; the others take `carried_maximum.py`. `torch.py` chooses.
-The equations are numbered in `README.md`.
-Shapes: S the pair (numerator, denominator), B batch, T tokens, C channels, N levels and R radix of the scan.
+The derivation is in `README.md`.
+Shapes: S the pair (numerator, denominator), B batch, T tokens, C channels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from drwkv.kernels.wkv.scan import Powers, Rows, decay_powers, sum_future, sum_past
+
 REACH = 30.0  # y holds to 60 in float32; from about 30 on the gradient of a negative decay loses digits
-RADIX = 16  # tokens of a chunk; a decay is multiplied up inside a chunk only, so its rounding stays small
 BLOCK = 1 << 19  # elements of a (B, T, C) buffer: few enough for the cache, enough to outweigh the calls
 LOG2_E = 1 / math.log(2)
 NARROWEST = 64  # channels of a block: rows of fewer are read and added slowly
@@ -24,13 +25,12 @@ def forward(
     w_C: Tensor, u_C: Tensor, k_BTC: Tensor, v_BTC: Tensor, *, y_BTC: Tensor, dtype: torch.dtype
 ) -> None:
     """Write y, computing in `dtype`."""
-    powers, bonus_C, m_B1C = _tables(w_C, u_C, k_BTC, dtype)
-    for at, (x, x_past, x_future) in _blocks(k_BTC, dtype, 3):
-        c = at[2]
-        _weigh(k_BTC[at], v_BTC[at], m_B1C[at], x)
-        sum_past(x, powers[..., c], x_past)
-        sum_future(x, powers[..., c], x_future)
-        num, den = x_past.add_(x_future).addcmul_(x, bonus_C[c])
+    bonus_C, m_B1C = u_C.to(dtype).exp(), k_BTC.amax(1, keepdim=True).to(dtype)
+    for at, powers, (x, x_past, x_future) in _blocks(w_C, k_BTC, dtype, 3):
+        _weigh(k_BTC[at], v_BTC[at], m_B1C[at], x.all)
+        sum_past(x, powers, x_past)
+        sum_future(x, powers, x_future)
+        num, den = x_past.all.add_(x_future.all).addcmul_(x.all, bonus_C[at[2]])
         torch.div(num, den, out=y_BTC[at])
 
 
@@ -46,26 +46,29 @@ def backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Write the gradients of k and v and return those of w and u (C,), computing in `dtype`."""
-    powers, bonus_C, m_B1C = _tables(w_C, u_C, k_BTC, dtype)
+    bonus_C, m_B1C = u_C.to(dtype).exp(), k_BTC.amax(1, keepdim=True).to(dtype)
     gw_C, gu_C = torch.zeros_like(bonus_C), torch.zeros_like(bonus_C)
-    for at, (x, x_past, x_future, g, g_past, g_future) in _blocks(k_BTC, dtype, 6):
-        c, bonus = at[2], bonus_C[at[2]]
+    for at, powers, (x_rows, x_past_rows, x_future_rows, g_rows, g_past_rows) in _blocks(w_C, k_BTC, dtype, 5):
+        c, bonus, g_future_rows = at[2], bonus_C[at[2]], x_future_rows
+        x, x_past, x_future = x_rows.all, x_past_rows.all, x_future_rows.all
+        g, g_past, g_future = g_rows.all, g_past_rows.all, g_future_rows.all
         _weigh(k_BTC[at], v_BTC[at], m_B1C[at], x)
         _centre(v_BTC[at], x)
-        sum_past(x, powers[..., c], x_past)
-        sum_future(x, powers[..., c], x_future)
+        sum_past(x_rows, powers, x_past_rows)
+        sum_future(x_rows, powers, x_future_rows)
 
         # (g, h) = (gy / den, gy y / den) is summed over the readers as (e v, e) is over the sources.
         num, den = torch.add(x_past, x_future, out=g_past).addcmul_(x, bonus)
         torch.div(gy_BTC[at], den, out=g[0])
         torch.mul(num.div_(den), g[0], out=g[1])
         gu_C[c] += _difference(torch.mul(g, x, out=g_past)).mul_(bonus)
-        sum_past(g, powers[..., c], g_past)
-        sum_future(g, powers[..., c], g_future)
 
         # Each token strictly between a source and its reader adds one to their distance.
-        between = x_past.mul_(g_future).addcmul_(x_future, g_past)
-        gw_C[c] -= _difference(between).mul_(powers[0, 1, c])
+        sum_past(g_rows, powers, g_past_rows)
+        between_C = _difference(x_future.mul_(g_past))
+        sum_future(g_rows, powers, g_future_rows)
+        between_C += _difference(x_past.mul_(g_future))
+        gw_C[c] -= between_C.mul_(powers[0].one_C)
 
         total_g, total_h = g_past.add_(g_future).addcmul_(g, bonus)
         torch.mul(total_g, x[1], out=gv_BTC[at])
@@ -80,32 +83,29 @@ def _difference(pair_SBTC: Tensor) -> Tensor:
 
 
 def _blocks(
-    k_BTC: Tensor, dtype: torch.dtype, count: int
-) -> Iterator[tuple[tuple[slice, slice, slice], Sequence[Tensor]]]:
-    """Index blocks of about BLOCK elements, all tokens in each, and give each `count` buffers (S, B, T, C)."""
+    w_C: Tensor, k_BTC: Tensor, dtype: torch.dtype, count: int
+) -> Iterator[tuple[tuple[slice, slice, slice], list[Powers], list[Rows]]]:
+    """Index blocks of up to BLOCK elements, all tokens in each, with the decay's powers and `count` buffers."""
     if k_BTC.numel() == 0:
         return
     batch, num_tokens, channels = k_BTC.shape
-    b_step = -(-batch // min(batch, -(-k_BTC.numel() // BLOCK)))
-    c_step = -(-channels // max(1, min(channels // NARROWEST, num_tokens * channels // BLOCK)))
+    c_step = _even_step(channels, max(NARROWEST, BLOCK // num_tokens))
+    b_step = _even_step(batch, max(1, BLOCK // (num_tokens * c_step)))
     workspace = k_BTC.new_empty((count, 2 * b_step * num_tokens * c_step), dtype=dtype)
-    for b in range(0, batch, b_step):
-        for c in range(0, channels, c_step):
+    buffers: dict[tuple[int, ...], list[Rows]] = {}
+    for c in range(0, channels, c_step):
+        powers = decay_powers(w_C[c : c + c_step], num_tokens, dtype)
+        for b in range(0, batch, b_step):
             shape = (2, min(b_step, batch - b), num_tokens, min(c_step, channels - c))
-            at = (slice(b, b + shape[1]), slice(None), slice(c, c + shape[3]))
-            yield at, workspace[:, : math.prod(shape)].view(count, *shape).unbind()
+            if shape not in buffers:
+                pieces = workspace[:, : math.prod(shape)].view(count, *shape)
+                buffers[shape] = [Rows(piece) for piece in pieces]
+            yield (slice(b, b + shape[1]), slice(None), slice(c, c + shape[3])), powers, buffers[shape]
 
 
-def _tables(w_C: Tensor, u_C: Tensor, k_BTC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Powers exp(-w R^n r), r = 0..R, of every scan level (N, R + 1, C); exp(u) (C,); max_t k (B, 1, C)."""
-    levels, length = 1, k_BTC.shape[1]
-    while length > 2 * RADIX:
-        levels, length = levels + 1, length // RADIX + 1
-    # In float64: the rounding of one power would be raised to the power of the distance.
-    steps = [[[-float(r * RADIX**n)] for r in range(RADIX + 1)] for n in range(levels)]
-    steps_NR1 = torch.tensor(steps, dtype=torch.float64, device=w_C.device)
-    powers = torch.exp(steps_NR1 * w_C.double()).to(dtype)
-    return powers, u_C.to(dtype).exp(), k_BTC.amax(1, keepdim=True).to(dtype)
+def _even_step(length: int, at_most: int) -> int:
+    pieces = -(-length // at_most)
+    return -(-length // pieces)
 
 
 def _weigh(k_BTC: Tensor, v_BTC: Tensor, m_B1C: Tensor, x_SBTC: Tensor) -> None:
@@ -120,66 +120,3 @@ def _centre(v_BTC: Tensor, x_SBTC: Tensor) -> None:
     weighted, e = x_SBTC
     mean_B1C = weighted.sum(1, keepdim=True) / e.sum(1, keepdim=True)
     torch.sub(v_BTC, mean_B1C, out=weighted).mul_(e)
-
-
-def sum_past(x: Tensor, powers: Tensor, out: Tensor) -> Tensor:
-    """out_t = sum_{i<t} exp(-(t-i-1) w) x_i over dim -2."""
-    num_tokens, step_C = x.shape[-2], powers[0, 1]
-    if num_tokens <= 2 * RADIX:
-        return _step_past(x, step_C, out)
-
-    # Sum inside the chunks; then scan their sums and give every chunk what lies before it.
-    (x_chunks, x_rest), (chunks, rest) = _cut(x), _cut(out)
-    _step_past(x_chunks, step_C, chunks)
-    _step_past(x_rest, step_C, rest)
-    full = chunks.shape[-3]
-    sums = x.new_empty((*x.shape[:-2], full + 1, x.shape[-1]))  # the last is not read
-    torch.addcmul(x_chunks[..., -1, :], chunks[..., -1, :], step_C, out=sums[..., :full, :])
-    before = sum_past(sums, powers[1:], torch.empty_like(sums))
-    chunks.addcmul_(before[..., :full, None, :], powers[0, :RADIX])
-    rest.addcmul_(before[..., full:, :], powers[0, : rest.shape[-2]])
-    return out
-
-
-def sum_future(x: Tensor, powers: Tensor, out: Tensor) -> Tensor:
-    """out_t = sum_{i>t} exp(-(i-t-1) w) x_i over dim -2."""
-    num_tokens, step_C = x.shape[-2], powers[0, 1]
-    if num_tokens <= 2 * RADIX:
-        return _step_future(x, step_C, out)
-
-    # Sum inside the chunks; then scan their sums and give every chunk what lies after it.
-    (x_chunks, x_rest), (chunks, rest) = _cut(x), _cut(out)
-    _step_future(x_chunks, step_C, chunks)
-    _step_future(x_rest, step_C, rest)
-    full, has_rest = chunks.shape[-3], rest.shape[-2] > 0
-    sums = x.new_empty((*x.shape[:-2], full + has_rest, x.shape[-1]))
-    torch.addcmul(x_chunks[..., 0, :], chunks[..., 0, :], step_C, out=sums[..., :full, :])
-    if has_rest:
-        torch.addcmul(x_rest[..., 0, :], rest[..., 0, :], step_C, out=sums[..., -1, :])
-    after = sum_future(sums, powers[1:], torch.empty_like(sums))
-    chunks.addcmul_(after[..., :full, None, :], powers[0, :RADIX].flip(0))
-    return out
-
-
-def _cut(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of the whole chunks (..., chunks, RADIX, C) and of the fewer than RADIX tokens that remain."""
-    whole = x.shape[-2] // RADIX * RADIX
-    return x[..., :whole, :].unflatten(-2, (-1, RADIX)), x[..., whole:, :]
-
-
-def _step_past(x: Tensor, step_C: Tensor, out: Tensor) -> Tensor:
-    x_at, out_at = x.unbind(-2), out.unbind(-2)
-    if out_at:
-        out_at[0].zero_()
-    for t in range(1, len(out_at)):
-        torch.addcmul(x_at[t - 1], out_at[t - 1], step_C, out=out_at[t])
-    return out
-
-
-def _step_future(x: Tensor, step_C: Tensor, out: Tensor) -> Tensor:
-    x_at, out_at = x.unbind(-2), out.unbind(-2)
-    if out_at:
-        out_at[-1].zero_()
-    for t in range(len(out_at) - 1, 0, -1):
-        torch.addcmul(x_at[t], out_at[t], step_C, out=out_at[t - 1])
-    return out

@@ -16,7 +16,7 @@ from processes import Applications, audit, losses, metrics
 from drwkv.training.checkpoint import latest, read_full, read_scalars
 
 STEPS = 50
-BATCH = 128
+BATCH = 64
 Run = Callable[..., Path]
 
 
@@ -115,12 +115,12 @@ def test_resume_on_another_world_size_and_engine_continues_the_run(run: Run, tmp
 
 def test_a_batch_size_changed_in_mid_run_keeps_the_order(run: Run, tmp_path: Path) -> None:
     run(world_size=2, folder=tmp_path, steps=20)
-    run("run.batch_size=96", world_size=2, folder=tmp_path, steps=40)
+    run("run.batch_size=48", world_size=2, folder=tmp_path, steps=40)
     by_n = {n: (sample, x_t) for _, n, sample, x_t in audit(run())}
     rows = audit(tmp_path)
-    assert [n for _, n, _, _ in rows] == list(range(20 * BATCH + 20 * 96))
+    assert [n for _, n, _, _ in rows] == list(range(20 * BATCH + 20 * 48))
     assert all(by_n[n] == (sample, x_t) for _, n, sample, x_t in rows)
-    assert [line["num_samples"] for line in metrics(tmp_path)] == [BATCH] * 20 + [96] * 20
+    assert [line["num_samples"] for line in metrics(tmp_path)] == [BATCH] * 20 + [48] * 20
 
 
 def test_a_finished_run_says_so_and_changes_nothing(
