@@ -20,7 +20,7 @@ def bi_wkv(decay: Tensor, first: Tensor, k: Tensor, v: Tensor, *, backend: str |
     y_t = sum_i p_ti v_i / sum_i p_ti, where p_ti = exp(k_i - (|t - i| - 1) decay) for i != t and
     p_tt = exp(first + k_t), for each batch and channel by itself (Diffusion-RWKV, arXiv 2404.04478).
 
-    decay, first: (C,), per token (already divided by T), of either sign and any size.
+    decay, first: (C,), per token (already divided by T), of either sign, safe up to 1e6 in size.
     k, v: (B, T, C), any T >= 1 and C >= 1, in any strides; B may be 0. Returns (B, T, C) in v's dtype.
     Dtypes: floating point, and they may differ (float32 decay beside bfloat16 k and v); the state is float32,
     or float64 when k or v is. Gradients flow to all four and have their input's dtype.

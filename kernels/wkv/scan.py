@@ -17,7 +17,7 @@ RADIX = 16  # tokens of a chunk; a decay is multiplied up inside a chunk only, s
 
 
 class Powers(NamedTuple):
-    """exp(-w s), exp(-w s r) for r = 0..R-1 and for r = R-1..0, with s the distance of one level's neighbours."""
+    """exp(-w s) and exp(-w s r) for r = 0..R-1 and R-1..0, with s the distance of neighbours at one level."""
 
     one_C: Tensor
     rising_RC: Tensor

@@ -81,6 +81,15 @@ def test_the_audit_holds_every_n_once_and_the_noised_samples_differ(run: Run) ->
     assert len({x_t for *_, x_t in rows}) == STEPS * BATCH
 
 
+def test_the_losses_are_the_golden_ones(run: Run) -> None:
+    """A change of the losses is a change of the run's meaning: make the file anew only on purpose, and say why."""
+    lines = (Path(__file__).parents[1] / "golden" / "digits_losses.txt").read_text().splitlines()
+    golden = torch.tensor([float(line.split()[1]) for line in lines if not line.startswith("#")])
+    found = torch.tensor(losses(run()))
+    worst = ((found - golden).abs() / golden).max().item()
+    assert worst <= 1e-3, f"a loss is {worst:.1e} from the golden one"  # another CPU rounds otherwise
+
+
 def test_ddp_trains_the_same_run_as_fsdp(run: Run) -> None:
     sharded, replicated = run(world_size=2), run("parallel.engine=ddp", world_size=2)
     assert_same_losses(sharded, replicated)
