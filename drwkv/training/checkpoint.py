@@ -129,12 +129,17 @@ class Checkpoints:
 
     def newest(self, at_most_n: int | None = None) -> Path | None:
         """The newest whole checkpoint (from at most sample `at_most_n`), as rank 0 sees the folder. Collective."""
-        found = [
-            c
-            for c in whole_checkpoints(self.folder)
-            if at_most_n is None or read_scalars(c)["n"] <= at_most_n
-        ]
-        return self._world.from_first(found[-1] if found else None)
+        found = whole_checkpoints(self.folder) if self._world.is_first else []
+        kept = [c for c in found if at_most_n is None or read_scalars(c)["n"] <= at_most_n]
+        return self._world.from_first(kept[-1] if kept else None)
+
+    def discard_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps: they belong to a history that the run has left. Collective."""
+        if self._world.is_first:
+            for checkpoint in whole_checkpoints(self.folder):
+                if step_of(checkpoint) > step:
+                    _remove(checkpoint)
+        self._world.barrier()
 
     def failure(self) -> BaseException | None:
         """The error of a save that has ended on this rank, without waiting for one under way."""
@@ -195,8 +200,12 @@ class Checkpoints:
         every = self._config.keep_every_steps
         for checkpoint in found[: -max(1, self._config.keep_last)]:
             if not (every and step_of(checkpoint) % every == 0):
-                (checkpoint / MARK).unlink()
-                shutil.rmtree(checkpoint)
+                _remove(checkpoint)
+
+
+def _remove(checkpoint: Path) -> None:
+    (checkpoint / MARK).unlink()
+    shutil.rmtree(checkpoint)
 
 
 def _is_whole(checkpoint: Path) -> bool:

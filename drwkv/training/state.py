@@ -123,6 +123,7 @@ def go_back(state: TrainState, checkpoints: Checkpoints, bad_n: int) -> None:
         raise NonFiniteRun(
             f"step {step}: not finite since sample {bad_n}, and there is no checkpoint from before"
         )
+    checkpoints.discard_after(state.step)
     state.list_skipped(bad_n, n)
     log.warning("went back from step %d to step %d; samples %d to %d are skipped", step, state.step, bad_n, n)
 

@@ -85,6 +85,9 @@ def test_a_long_row_of_nans_sends_the_run_back_and_past_the_window(
         "-c", poisoned(bad),
         *arguments(digits, tmp_path, 12, "checkpoint.every_steps=4", "health.max_nonfinite_in_row=3"), world_size=2,
     )  # fmt: skip
+    # Step 8 was saved twice, once in the row of NaNs and once after it: the second is the one that stands.
+    scalars = read_scalars(tmp_path / "checkpoints" / "step_00000008")
+    assert (scalars["updates"], scalars["skipped"]) == (6, [[96, 160]])
     assert "went back from step 10 to step 4; samples 96 to 160 are skipped" in finished.output
     checkpoint = latest(tmp_path / "checkpoints")
     assert checkpoint is not None
