@@ -24,8 +24,10 @@ from drwkv.evaluation.protocol import LabelledImages, evaluate
 from drwkv.evaluation.report import write_report
 from drwkv.evaluation.sample_set import SampleSet
 from drwkv.parallel import World, session
-from drwkv.sampling import draw, labels_of
-from drwkv.training.source import TrainedModel, open_trained
+from drwkv.sampling import check_sampler, draw, labels_of
+from drwkv.training.trained import TrainedModel, open_trained
+
+GRID_IMAGES = 100  # in a grid that stands alone
 
 
 def sample(config: SampleConfig) -> None:
@@ -36,10 +38,11 @@ def sample(config: SampleConfig) -> None:
     check_sample(config)
     references = open_references(config)
     trained = open_trained(config.checkpoint, config.weights)
-    with session(timeout_sec=config.parallel.timeout_sec, cpu_threads=config.cpu_threads) as world:
+    check_sampler(config.sampler, trained.process.num_timesteps, trained.num_classes)
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    with session(timeout_sec=config.timeout_sec, cpu_threads=config.cpu_threads) as world:
         samples = SampleSet(Path(config.out), num_samples=config.num_samples, chunk=config.chunk)
         _draw_missing(config, trained, samples, world)
-        world.barrier()
         if world.is_first:
             samples.assemble()
             measure(config, trained, samples, references)
@@ -59,28 +62,33 @@ def _draw_missing(config: SampleConfig, trained: TrainedModel, samples: SampleSe
     if failure := world.from_first(failure):
         raise ValueError(failure)
     missing = world.from_first(samples.missing())
+    if world.is_first and not missing:
+        print(f"sample set {samples.folder} is finished: {config.num_samples} images are there")
 
     # Draw chunk by chunk.
     model, num_classes = trained.model.to(world.device).eval(), trained.num_classes
-    mine = missing[world.rank :: world.size]
-    for chunk in tqdm(mine, unit="chunk", desc="sampling", disable=not world.is_first):
-        ids = torch.as_tensor(samples.ids(chunk), device=world.device)
-        labels = labels_of(ids, num_classes)
-        images = []
-        for start in range(0, len(ids), config.micro_batch):
-            # A short tail is filled up with further ids: the shape of a forward is part of how it rounds.
-            padded = torch.arange(config.micro_batch, device=world.device) + ids[start]
-            x0 = draw(
-                model, process, config.sampler, ids=padded, labels=labels_of(padded, num_classes),
-                num_classes=num_classes, shape=trained.shape, seed=config.seed,
-            )  # fmt: skip
-            images.append(decode(x0)[: len(ids) - start])
-        drawn = np.concatenate(images)
-        samples.write(chunk, drawn, np.full(len(drawn), -1) if labels is None else labels.cpu().numpy())
+    rounds = range(0, len(missing), world.size)
+    for first in tqdm(rounds, unit="round", desc="sampling", disable=not world.is_first):
+        for chunk in missing[first + world.rank : first + world.size : world.size]:
+            ids = torch.as_tensor(samples.ids(chunk), device=world.device)
+            labels = labels_of(ids, num_classes)
+            images = []
+            for start in range(0, len(ids), config.micro_batch):
+                # A short tail is filled up with further ids: the shape of a forward is part of how it rounds.
+                padded = torch.arange(config.micro_batch, device=world.device) + ids[start]
+                x0 = draw(
+                    model, process, config.sampler, ids=padded, labels=labels_of(padded, num_classes),
+                    num_classes=num_classes, shape=trained.shape, seed=config.seed,
+                )  # fmt: skip
+                images.append(decode(x0)[: len(ids) - start])
+            drawn = np.concatenate(images)
+            samples.write(chunk, drawn, np.full(len(drawn), -1) if labels is None else labels.cpu().numpy())
+        world.barrier()
 
 
 def set_identity(config: SampleConfig, trained: TrainedModel, world: World) -> dict[str, object]:
     """All that decides the bytes of image i, and how they are cut into chunks."""
+    manifest = trained.manifest
     return {
         "weights": latents.hash_weights(trained.model),
         "seed": config.seed,
@@ -89,7 +97,11 @@ def set_identity(config: SampleConfig, trained: TrainedModel, world: World) -> d
         "chunk": config.chunk,
         "device": world.device.type,
         "cpu_threads": config.cpu_threads if world.device.type == "cpu" else None,
-        "vae": config.vae,
+        "tf32": config.tf32 if world.device.type == "cuda" else None,
+        "vae": config.vae or (manifest.vae_id if manifest else None),
+        "scale": manifest.scale if manifest else None,
+        "shift": manifest.shift if manifest else None,
+        **{f"process.{key}": value for key, value in asdict(trained.process).items()},
         **{f"sampler.{key}": value for key, value in asdict(config.sampler).items()},
     }
 
@@ -139,15 +151,17 @@ def measure(
     references: tuple[LabelledImages, LabelledImages] | None,
 ) -> None:  # fmt: skip
     """Write the grid, and the report if there is something to measure against; say where they are."""
-    parts = list(samples.chunks())
-    images, labels = np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
     if references is None or trained.num_classes is None:
+        images, labels = samples.first(GRID_IMAGES)
         save_grid(
-            images[:100], None if labels[0] < 0 else labels[:100], samples.folder / "grid.png",
+            images,
+            None if labels[0] < 0 else labels,
+            samples.folder / "grid.png",
             columns=config.grid_columns,
-        )  # fmt: skip
+        )
         print(f"samples: {samples.samples_file}\ngrid:    {samples.folder / 'grid.png'}")
         return
+    images, labels = samples.first(config.num_samples)
     train, held_out = references
     evaluation = evaluate(LabelledImages(images, labels), train, held_out)
     files = write_report(

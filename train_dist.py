@@ -25,7 +25,7 @@ from drwkv.training.checkpoint import Checkpoints
 from drwkv.training.ema import Ema, decay_at
 from drwkv.training.health import Health, Signals
 from drwkv.training.monitor import Audit, Monitor, StepRecord, every, logging_to
-from drwkv.training.objective import Objective
+from drwkv.training.objective import Objective, check_variance
 from drwkv.training.preview import Preview
 from drwkv.training.state import TrainState, go_back, resume
 
@@ -41,21 +41,25 @@ def train(config: TrainConfig) -> None:
     parallel, folder = config.parallel, Path(config.run.folder)
     data = open_data(config.data, seed=config.run.seed)
     data.check_fits(config.model)
-    model = from_config(config.model, seed=config.run.seed)
+    model, process = (
+        from_config(config.model, seed=config.run.seed),
+        GaussianProcess(**vars(config.diffusion)),
+    )
+    check_variance(model, process)
     with session(timeout_sec=parallel.timeout_sec, cpu_threads=parallel.cpu_threads) as world:
         check_ranks(config.run, world.size)
         with logging_to(folder, world), Signals() as signals:
-            _train(config, model, data, folder, world, signals)
+            _train(config, model, process, data, folder, world, signals)
 
 
 def _train(
-    config: TrainConfig, model: nn.Module, data: Data, folder: Path, world: World, signals: Signals
-) -> None:
+    config: TrainConfig, model: nn.Module, process: GaussianProcess, data: Data, folder: Path, world: World,
+    signals: Signals,
+) -> None:  # fmt: skip
     run, batch_size = config.run, config.run.batch_size
 
     # Set up.
     torch.backends.cuda.matmul.allow_tf32 = config.parallel.tf32
-    process = GaussianProcess(**vars(config.diffusion))
     objective = Objective(
         process, model, data.manifest, seed=run.seed, label_drop=run.label_drop, device=world.device
     )
@@ -86,19 +90,20 @@ def _train(
         health.note_error(checkpoints.failure())
         if stop_signal := health.agree():
             break
+
+        # Take the step and hear what became of the one before, or pass over what is skipped.
         if state.leaves_out(batch_size):
             monitor.left_out(state.step - 1, state.n - batch_size, batch_size)
-            continue
-
-        # Take the step; hear what became of the one before.
-        assert micro_batches is not None
-        monitor.record(_step(config, state, objective, audit, micro_batches))
-        state.advance(batch_size)
+        else:
+            assert micro_batches is not None
+            monitor.record(_step(config, state, objective, audit, micro_batches))
+            state.advance(batch_size)
 
         # Go back over steps that were not finite.
         if (bad_n := health.must_go_back()) is not None:
             monitor.flush()
             go_back(state, checkpoints, bad_n)
+            health.gone_back()
             monitor.rewind(state.step)
             audit.rewind(state.step)
             stream.close()
@@ -108,9 +113,11 @@ def _train(
         # Save and show.
         if checkpoints.due(state.step):
             monitor.flush()
-            checkpoints.save(state.step, state.tensors(), state.scalars(), wait=False)
+            if not health.in_bad_row:
+                checkpoints.save(state.step, state.tensors(), state.scalars(), wait=False)
         if every(state.step, config.monitor.grid_every_steps):
             monitor.grid(state.step, preview.draw(engine, ema))
+            monitor.restart_clock()
 
     # Save the end, or what a signal has ended.
     stream.close()

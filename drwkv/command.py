@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """Run `main(arguments)` and exit: with what it returns (None is 0), or with 2 for a ValueError or an OSError.
 
-    Under a launcher rank 0 speaks for all where every rank fails alike; the others name themselves.
+    Under a launcher every rank says its line, those beyond rank 0 with their number.
     """
     try:
         code = main(sys.argv[1:])

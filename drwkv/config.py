@@ -23,7 +23,7 @@ from drwkv.diffusion.gaussian import GaussianConfig
 from drwkv.evaluation.protocol import EvaluateConfig
 from drwkv.models.config import ModelConfig
 from drwkv.parallel.engine import ParallelConfig
-from drwkv.sampling import SamplerConfig
+from drwkv.sampling import SamplerConfig, check_sampler
 from drwkv.training.checkpoint import CheckpointConfig
 from drwkv.training.ema import EmaConfig
 from drwkv.training.health import HealthConfig
@@ -82,8 +82,9 @@ class SampleConfig:
         None  # folder or hub name of the VAE that decodes latents; None: the one of the training data
     )
     grid_columns: int = 10  # images of each class in the grid
+    tf32: bool = True  # GPU: float32 matmuls may use TF32; part of the identity
+    timeout_sec: float = 3600.0  # longest that a process may take for one chunk before the others give up
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
@@ -140,8 +141,27 @@ def check_train(config: TrainConfig) -> None:
         _require(getattr(run, key) >= 1, f"run.{key}", getattr(run, key), "give 1 or more")
     _require(0.0 <= config.ema.decay < 1.0, "ema.decay", config.ema.decay, "give a decay in [0, 1)")
     _require(config.optimizer.lr > 0, "optimizer.lr", config.optimizer.lr, "give a positive rate")
+    betas = (config.optimizer.beta1, config.optimizer.beta2)
+    _require(
+        all(0.0 <= beta < 1.0 for beta in betas), "optimizer.beta1, beta2", betas, "give decays in [0, 1)"
+    )
+    row = config.health.max_nonfinite_in_row
+    _require(row >= 1, "health.max_nonfinite_in_row", row, "give 1 or more")
+    for key in ("every_steps", "keep_last", "keep_every_steps"):
+        value = getattr(config.checkpoint, key)
+        _require(value >= (key == "keep_last"), f"checkpoint.{key}", value, "give a positive number")
+    _check_grids(config)
     starts = [stage.from_step for stage in config.optimizer.stages]
     _require(starts == sorted(set(starts)), "optimizer.stages", starts, "list them by rising from_step")
+
+
+def _check_grids(config: TrainConfig) -> None:
+    monitor, channels = config.monitor, config.model.in_channels
+    if monitor.grid_every_steps:
+        _require(monitor.grid_columns >= 1, "monitor.grid_columns", monitor.grid_columns, "give 1 or more")
+        advice = f"grids are drawn of pixels, and the model has {channels} channels: set it to 0"
+        _require(channels in (1, 3), "monitor.grid_every_steps", monitor.grid_every_steps, advice)
+        check_sampler(monitor.grid_sampler, config.diffusion.num_timesteps, config.model.num_classes)
 
 
 def check_ranks(run: RunConfig, world_size: int) -> None:

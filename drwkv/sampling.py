@@ -29,6 +29,14 @@ class SamplerConfig:
     guidance: Guidance = field(default_factory=Guidance)
 
 
+def check_sampler(config: SamplerConfig, num_timesteps: int, num_classes: int | None) -> None:
+    """ValueError, before anything is drawn, for steps that the sampler has not or guidance that the model cannot."""
+    visited = {"ddpm": samplers.even_timesteps, "ddim": samplers.strided_timesteps}[config.name]
+    visited(num_timesteps, config.steps)
+    labels = None if num_classes is None else torch.zeros(1, dtype=torch.int64)
+    guided(lambda x, t, y: x, labels, num_classes, config.guidance)
+
+
 def labels_of(ids: Tensor, num_classes: int | None) -> Tensor | None:
     """Label of image i: i mod num_classes, so that every prefix is balanced to one image. ids (B,) -> (B,) int64."""
     return None if num_classes is None else ids % num_classes

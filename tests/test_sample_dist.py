@@ -17,7 +17,7 @@ NUM_SAMPLES = 130
 
 @pytest.fixture(scope="module")
 def trained(applications: Applications, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with a small model that has seen 400 batches of digits."""
+    """A run folder with a small model that has seen 30 batches of digits."""
     folder = tmp_path_factory.mktemp("trained")
     applications.run(
         "train_dist.py", "--config", "configs/digits.yaml", f"run.folder={folder}", "run.total_steps=30",

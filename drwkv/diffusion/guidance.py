@@ -35,9 +35,6 @@ class Guidance:
             raise ValueError(f"guidance interval={list(self.interval)}: give [t_low, t_high] in order")
 
 
-GuidanceConfig = Guidance  # the settings are the object: one dataclass for the config file and the call
-
-
 def guided(
     model: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     y: Tensor | None,

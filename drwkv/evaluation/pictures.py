@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from drwkv.files import write_whole
+
 TILE_PIXELS = 48  # tiny images are enlarged to about this
 GAP_PIXELS = 2
 CURVE_POINTS = 400  # longer curves are averaged down to so many
@@ -69,15 +71,6 @@ def save_grid(
     """Write `grid_image` as PNG to `path` (by rename, so never half), and return the path."""
     picture = grid_image(images, labels, columns=columns, scale=scale, names=names)
     return write_whole(Path(path), png_bytes(picture))
-
-
-def write_whole(path: Path, content: bytes) -> Path:
-    """Write a file under a temporary name, then rename it: a reader sees all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-    return path
 
 
 def png_bytes(picture: Image.Image) -> bytes:

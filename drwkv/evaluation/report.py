@@ -23,9 +23,9 @@ from drwkv.evaluation.pictures import (
     png_data_uri,
     save_grid,
     tile_row,
-    write_whole,
 )
 from drwkv.evaluation.protocol import Evaluation
+from drwkv.files import write_whole
 
 __all__ = ["ReportFiles", "save_grid", "write_report"]
 

@@ -20,7 +20,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from drwkv.evaluation.pictures import write_whole
+from drwkv.files import write_whole
 
 
 class SampleSet:
@@ -54,7 +54,7 @@ class SampleSet:
         return range(chunk * self.chunk, min((chunk + 1) * self.chunk, self.num_samples))
 
     def missing(self) -> list[int]:
-        """The chunks that are not there whole, in order."""
+        """The chunks that have no mark, or that of a shorter chunk, in order."""
         return [c for c in range(-(-self.num_samples // self.chunk)) if not self._is_whole(c)]
 
     def write(self, chunk: int, images: np.ndarray, labels: np.ndarray) -> None:
@@ -62,6 +62,7 @@ class SampleSet:
         buffer = io.BytesIO()
         np.savez(buffer, arr_0=images, arr_1=labels)
         data = buffer.getvalue()
+        self._file(chunk).with_suffix(".json").unlink(missing_ok=True)  # the old mark is not of the new bytes
         write_whole(self._file(chunk), data)
         mark = {"num_samples": len(images), "crc32c": google_crc32c.value(data)}
         write_whole(self._file(chunk).with_suffix(".json"), (json.dumps(mark) + "\n").encode())
@@ -80,6 +81,17 @@ class SampleSet:
             with np.load(io.BytesIO(data)) as arrays:
                 count = len(self.ids(chunk))
                 yield arrays["arr_0"][:count], arrays["arr_1"][:count]
+
+    def first(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels of the first `count` ids, or of all if there are fewer."""
+        images: list[np.ndarray] = []
+        labels: list[np.ndarray] = []
+        for some_images, some_labels in self.chunks():
+            images.append(some_images)
+            labels.append(some_labels)
+            if sum(map(len, labels)) >= count:
+                break
+        return np.concatenate(images)[:count], np.concatenate(labels)[:count]
 
     def assemble(self) -> None:
         """Write samples.npz out of the chunks, one at a time, and put it in place by rename."""

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from drwkv.parallel.distributed import World
+from drwkv.training.monitor import every
 
 log = logging.getLogger("drwkv")
 MARK = "COMPLETE"
@@ -37,7 +38,7 @@ SCALARS = "state.json"
 class CheckpointConfig:
     """When to save, and what to keep."""
 
-    every_steps: int = 1000  # optimizer steps between saves; the end of the run is always saved
+    every_steps: int = 1000  # steps between saves; 0: none; the end of the run is always saved
     keep_last: int = 3  # newest checkpoints to keep, at least 1
     keep_every_steps: int = 0  # also keep those whose step is a multiple of this; 0: none
     asynchronous: bool = True  # write in the background while training goes on
@@ -89,13 +90,17 @@ class Checkpoints:
         if world.is_first:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in [p for p in folder.glob("step_*") if not _is_whole(p)]:
-                log.warning("checkpoint %s was never finished: removed", leftover)
-                shutil.rmtree(leftover)
+                if (leftover / MARK).exists():
+                    log.warning("checkpoint %s is damaged: set aside as damaged_%s", leftover, leftover.name)
+                    os.replace(leftover, leftover.with_name(f"damaged_{time.time_ns()}_{leftover.name}"))
+                else:
+                    log.warning("checkpoint %s was never finished: removed", leftover)
+                    shutil.rmtree(leftover)
         world.barrier()
 
     def due(self, step: int) -> bool:
         """Whether the state after `step` steps is to be saved."""
-        return step > 0 and step % self._config.every_steps == 0
+        return every(step, self._config.every_steps)
 
     def save(
         self, step: int, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any], *, wait: bool
@@ -141,19 +146,22 @@ class Checkpoints:
                     _remove(checkpoint)
         self._world.barrier()
 
-    def failure(self) -> BaseException | None:
+    def failure(self) -> OSError | None:
         """The error of a save that has ended on this rank, without waiting for one under way."""
         for future in (self._writing, self._committed):
             if future is not None and future.done() and (error := future.exception()) is not None:
-                return error
+                return OSError(f"checkpoint in {self.folder} could not be saved: {error}")
         return None
 
     def finish(self) -> None:
-        """Wait for the save under way on this rank; raises its error."""
+        """Wait for the save under way. Raises OSError on every rank if it failed on any. Collective."""
         for future in (self._writing, self._committed):
             if future is not None:
-                future.result()
+                future.exception()
+        said = self._world.gather(None if (error := self.failure()) is None else str(error))
         self._writing = self._committed = None
+        if failed := [f"rank {rank}: {text}" for rank, text in enumerate(said) if text is not None]:
+            raise OSError(failed[0])
 
     def restore(self, checkpoint: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Load `checkpoint` in place into `tensors`, sharded in whatever way; returns the scalars. Collective.
@@ -187,6 +195,7 @@ class Checkpoints:
             _sync(mark)
             os.rename(mark, final / MARK)
             _sync(final)
+            _sync(self.folder)
             log.info("checkpoint step %d: marked whole", step_of(final))
             self._prune()
         except BaseException as error:  # handed to the loop, which tells all ranks and raises it
@@ -197,10 +206,14 @@ class Checkpoints:
     def _prune(self) -> None:
         """Remove what the config does not keep; the newest always stays."""
         found = whole_checkpoints(self.folder)
-        every = self._config.keep_every_steps
+        interval = self._config.keep_every_steps
         for checkpoint in found[: -max(1, self._config.keep_last)]:
-            if not (every and step_of(checkpoint) % every == 0):
+            if interval and step_of(checkpoint) % interval == 0:
+                continue
+            try:
                 _remove(checkpoint)
+            except OSError as error:  # the new checkpoint is whole all the same
+                log.warning("checkpoint %s could not be removed: %s", checkpoint, error)
 
 
 def _remove(checkpoint: Path) -> None:

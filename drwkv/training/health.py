@@ -116,6 +116,14 @@ class Health:
                 f"steps {step} to {self._row[-1][0]} were not finite after {self.rollbacks} returns to a checkpoint: "
                 "lower optimizer.lr or look at the data there"
             )
+        return n
+
+    def gone_back(self) -> None:
+        """Count a return to a checkpoint; the row of skipped steps belongs to the history that was left."""
         self.rollbacks += 1
         self._row.clear()
-        return n
+
+    @property
+    def in_bad_row(self) -> bool:
+        """Whether the last step heard of was skipped: no time to save a state to come back to."""
+        return bool(self._row)

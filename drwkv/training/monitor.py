@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -126,7 +127,8 @@ class Monitor:
             "num_samples": record.num_samples,
             "skipped": bool(found_inf),
         }
-        self._metrics.write(json.dumps({**line, **numbers, "seconds": seconds}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self._metrics.write(json.dumps({**line, **finite, "seconds": seconds}) + "\n")
         self._metrics.flush()
         self._bar.set_postfix_str(f"loss {loss:.4f}, {numbers['images_per_sec']:.0f} images/s", refresh=False)
         self._bar.update(record.step + 1 - self._bar.n)
@@ -222,7 +224,7 @@ def cut_back(path: Path, step: int) -> None:
 
 @contextmanager
 def logging_to(folder: Path, world: World) -> Iterator[None]:
-    """Log in words: rank 0 to `folder/log.txt` and stderr, the others only warnings, with their rank."""
+    """Log in words: rank 0 to `folder/log.txt` and stderr, the others only errors, with their rank."""
     handlers: list[logging.Handler] = []
     if world.is_first:
         folder.mkdir(parents=True, exist_ok=True)

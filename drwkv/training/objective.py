@@ -30,6 +30,15 @@ class Inputs:
     )  # (L, B) stochastic depth: 0 or 1 / keep probability; None if no block is ever dropped
 
 
+def check_variance(model: nn.Module, process: GaussianProcess) -> None:
+    """ValueError if the one gives a variance and the other does not expect it."""
+    if model.learn_variance != process.learn_variance:
+        raise ValueError(
+            f"config key 'diffusion.learn_variance' is {process.learn_variance}, and model.options.learn_variance "
+            f"is {model.learn_variance}: set both alike"
+        )
+
+
 class Objective:
     """Draws the inputs of a batch and computes its per-sample losses."""
 

@@ -11,13 +11,14 @@ import platform
 import subprocess
 import time
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from drwkv.data.manifest import Manifest
+from drwkv.files import write_whole
 from drwkv.parallel.distributed import World
 
 log = logging.getLogger("drwkv")
@@ -31,8 +32,8 @@ def begin(folder: Path, config: Any, manifest: Manifest, world: World, *, step: 
     """Write config.yaml and the data's manifest, add this start to starts.jsonl, drop an old request to requeue."""
     if not world.is_first:
         return
-    (folder / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    (folder / DATA).write_text(json.dumps(asdict(manifest), indent=1))
+    write_whole(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+    write_whole(folder / DATA, json.dumps(asdict(manifest), indent=1).encode())
     (folder / REQUEUE).unlink(missing_ok=True)
     start = {
         "time": time.time(),
@@ -41,11 +42,18 @@ def begin(folder: Path, config: Any, manifest: Manifest, world: World, *, step: 
         "device": str(world.device),
         "commit": commit(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
     }
     with (folder / "starts.jsonl").open("a") as file:
         file.write(json.dumps(start) + "\n")
     log.info("run %s: from step %d on %d processes (%s)", folder, step, world.size, world.device.type)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def ask_requeue(folder: Path, world: World, *, reason: str, step: int) -> None:

@@ -106,7 +106,12 @@ def resume(state: TrainState, checkpoints: Checkpoints, *, at_most_n: int | None
     found = checkpoints.newest(at_most_n)
     if found is None:
         return False
-    check_identity(read_scalars(found)["identity"], state.identity, where=str(found))
+    saved = read_scalars(found)
+    if saved.get("format") != FORMAT:
+        raise ValueError(
+            f"{found}: has format {saved.get('format')!r}, and this version reads {FORMAT} alone"
+        )
+    check_identity(saved["identity"], state.identity, where=str(found))
     state.load_scalars(checkpoints.restore(found, state.tensors()))
     log.info("continuing from %s: step %d, sample %d", found, state.step, state.n)
     return True
@@ -117,14 +122,15 @@ def go_back(state: TrainState, checkpoints: Checkpoints, bad_n: int) -> None:
 
     Raises NonFiniteRun if there is none. Collective.
     """
-    step, n = state.step, state.n
+    step, n, known = state.step, state.n, list(state.skipped)
     checkpoints.finish()
     if not resume(state, checkpoints, at_most_n=bad_n):
         raise NonFiniteRun(
             f"step {step}: not finite since sample {bad_n}, and there is no checkpoint from before"
         )
     checkpoints.discard_after(state.step)
-    state.list_skipped(bad_n, n)
+    for window in [*known, (bad_n, n)]:
+        state.list_skipped(*window)
     log.warning("went back from step %d to step %d; samples %d to %d are skipped", step, state.step, bad_n, n)
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import command, verify
+from data_prep import verify
 from data_prep.writer import ShardSetWriter
+from drwkv import command
 from drwkv.data.manifest import Manifest
 from drwkv.data.shards import ShardSet
 

@@ -74,6 +74,7 @@ class Applications:
         processes = []
         for rank in range(world_size):
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # ranks are many, GPUs may be one
             if world_size > 1:
                 environment |= {
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),

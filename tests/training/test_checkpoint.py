@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,6 +106,8 @@ def test_latest_passes_over_a_checkpoint_that_is_not_whole(tmp_path: Path, world
     assert found is not None and found.name == "step_00000001"
     Checkpoints(tmp_path, CheckpointConfig(), world)
     assert not newest.exists()
+    set_aside = list(tmp_path.glob("damaged_*_step_00000002"))
+    assert len(set_aside) == (0 if harm == "no mark" else 1)
 
 
 def test_a_save_that_cannot_be_read_back_is_never_marked(
@@ -133,9 +136,20 @@ def test_the_error_of_a_background_save_is_known_without_waiting(
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(asynchronous=True), world)
     monkeypatch.setattr(checkpoints_module, "_check_files", full)
     checkpoints.save(1, state(1.0), {"step": 1, "n": 1}, wait=False)
-    with pytest.raises(OSError, match="no space left"):
+    deadline = time.monotonic() + 60
+    while checkpoints.failure() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "no space left" in str(checkpoints.failure())
+    with pytest.raises(OSError, match="rank 0: checkpoint .* could not be saved: .*no space left"):
         checkpoints.finish()
-    assert isinstance(checkpoints.failure(), OSError)
+
+
+def test_checkpoints_of_a_history_that_was_left_are_discarded(tmp_path: Path, world: World) -> None:
+    checkpoints = save_steps(tmp_path, world, CheckpointConfig(), [10, 20, 30])
+    checkpoints.discard_after(10)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000010"]
+    checkpoints.save(20, state(-1.0), {"step": 20, "n": 7}, wait=True)
+    assert read_scalars(tmp_path / "step_00000020")["n"] == 7
 
 
 @pytest.mark.parametrize(

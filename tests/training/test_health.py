@@ -99,6 +99,22 @@ def test_a_long_row_of_nans_sends_the_run_back_and_past_the_window(
     assert applied == [*range(96), *range(160, 192)]
 
 
+def test_a_second_row_of_nans_does_not_bring_back_the_first_window(
+    applications: Applications, digits: Path, tmp_path: Path
+) -> None:
+    applications.run("train_dist.py", *arguments(digits, tmp_path, 4), world_size=2)
+    applications.run(
+        "-c", poisoned("{0, 1, 5, 6}"), *arguments(digits, tmp_path, 16, "health.max_nonfinite_in_row=2"),
+        world_size=2,
+    )  # fmt: skip
+    checkpoint = latest(tmp_path / "checkpoints")
+    assert checkpoint is not None
+    scalars = read_scalars(checkpoint)
+    assert (scalars["step"], scalars["updates"]) == (16, 10)
+    assert scalars["skipped"] == [[64, 112], [144, 192]]
+    assert [n for _, n, _, _ in audit(tmp_path)] == [*range(64), *range(112, 144), *range(192, 256)]
+
+
 def test_a_run_that_stays_non_finite_stops_and_names_the_steps() -> None:
     class Alone:
         pass
@@ -112,6 +128,7 @@ def test_a_run_that_stays_non_finite_stops_and_names_the_steps() -> None:
     for step in (2, 3):
         health.note(record[step], True)
     assert health.must_go_back() == 32
+    health.gone_back()
     for step in (4, 5):
         health.note(record[step], True)
     with pytest.raises(NonFiniteRun, match="steps 4 to 5"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from processes import Applications, Group, audit, losses
 
-from drwkv.training.checkpoint import MARK, whole_checkpoints
+from drwkv.training.checkpoint import MARK, latest, step_of
 
 STEPS, EVERY, KILLS, KILLS_IN_SAVE = 60, 4, 20, 5
 WRITING, WHOLE = "writing to", "marked whole"
@@ -51,6 +51,11 @@ def interrupted(folder: Path) -> int:
     return count
 
 
+def unfinished(folder: Path) -> list[Path]:
+    """What a kill left of a save: a temp folder, or a folder that has no mark yet."""
+    return [path for path in (folder / "checkpoints").glob("step_*") if not (path / MARK).exists()]
+
+
 @pytest.mark.timeout(600)
 def test_a_run_killed_twenty_times_ends_as_the_unbroken_run(
     applications: Applications, digits: Path, tmp_path: Path
@@ -58,12 +63,16 @@ def test_a_run_killed_twenty_times_ends_as_the_unbroken_run(
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     assert start(applications, digits, unbroken).wait().codes == [0, 0]
     dice = random.Random(0)
-    kills = 0
+    kills, kills_in_save, from_checkpoint = 0, 0, 0
     while kills < KILLS:
+        newest = latest(killed / "checkpoints")
         group = start(applications, digits, killed)
         begun = words(killed).count("from step")
         while group.running() and words(killed).count("from step") == begun:
             time.sleep(0.01)
+        if newest is not None:
+            assert f"continuing from {newest}: step {step_of(newest)}" in words(killed).splitlines()[-2]
+            from_checkpoint += 1
         if kills % 2 == 0:
             assert wait_for_save(killed, group), "the run ended before it was killed often enough"
             time.sleep(dice.uniform(0.0, 0.02))
@@ -72,11 +81,9 @@ def test_a_run_killed_twenty_times_ends_as_the_unbroken_run(
         assert group.running(), "the run ended before it was killed often enough"
         group.kill()
         group.wait()
-        kills += 1
-        for checkpoint in whole_checkpoints(killed / "checkpoints"):
-            assert (checkpoint / MARK).exists()
+        kills, kills_in_save = kills + 1, kills_in_save + bool(unfinished(killed))
     finished = start(applications, digits, killed).wait()
     assert finished.codes == [0, 0], finished.output
-    assert interrupted(killed) >= KILLS_IN_SAVE, words(killed)
+    assert kills_in_save >= KILLS_IN_SAVE and from_checkpoint >= KILLS // 2, words(killed)
     assert losses(killed) == losses(unbroken)
     assert audit(killed) == audit(unbroken)

@@ -66,5 +66,7 @@ def open_trained(path: str, weights: str) -> TrainedModel:
     model = from_config(config.model, seed=config.run.seed)
     model.load_state_dict(read_full(checkpoint, "ema" if weights == "ema" else "model"))
     manifest = Manifest(**json.loads((folder / DATA).read_text()))
-    losses = [(line["step"], line["loss"]) for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
+    losses = [
+        (line["step"], line["loss"]) for line in read_lines(folder / "metrics.jsonl") if line.get("loss")
+    ]
     return TrainedModel(model, config.diffusion, manifest, str(checkpoint), losses)
