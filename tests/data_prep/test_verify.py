@@ -119,7 +119,9 @@ def test_a_changed_source_list_or_a_lost_shard_is_found(damaged):
 
 def test_the_command_prints_the_summary_or_one_line_and_code_2(sound, damaged, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["verify", str(sound)])
-    command.run(verify.main)
+    with pytest.raises(SystemExit) as finished:
+        command.run(verify.main)
+    assert not finished.value.code
     assert "sound: 20 samples" in capsys.readouterr().out
     overwrite(damaged, 4, "offset", b"\x55\xaa", at=130)
     monkeypatch.setattr(sys, "argv", ["verify", str(damaged)])
