@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -76,7 +77,11 @@ def read_full(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
     """Every tensor under `prefix.`, whole, on the CPU, by its name without the prefix. One process, no collectives."""
     found = {name: size for name, size in shapes(checkpoint).items() if name.startswith(f"{prefix}.")}
     tensors = {name: torch.empty(size) for name, size in found.items()}
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="torch.distributed is disabled"
+        )  # one process is what is meant
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     return {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items()}
 
 
