@@ -290,4 +290,4 @@ def test_the_checker_wants_a_docstring_in_all_but_short_files() -> None:
 )
 def test_the_checker_knows_a_folder_of_one_machine(line: str) -> None:
     assert MACHINE_PATH.search(line)
-    assert not MACHINE_PATH.search("https://host/work/x, artwork/home/x, frame/workers")
+    assert not MACHINE_PATH.search("https://host/home/x, artwork/home/x, frame/homes")

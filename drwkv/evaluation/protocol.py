@@ -55,6 +55,23 @@ class Metric:
     meaning: str  # one line for the reader of the page
 
 
+# The rows of the table, in order: name, which way is better, and what it is.
+METRICS: tuple[tuple[str, Literal["higher", "lower", "as the floor"], str], ...] = (
+    ("class_agreement", "higher", "share that an SVM fitted on the training split calls as asked"),
+    ("frechet_distance", "lower", "of Gaussians fitted to the pixels in [0, 1], to the held-out split"),
+    ("precision", "higher", "share of samples among the held-out images"),
+    ("recall", "higher", "share of held-out images among the samples"),
+    ("near_copy_rate", "as the floor", "share nearer to a training image than the threshold"),
+    ("near_copy_ratio", "as the floor", "that share over the held-out images' share"),
+    (
+        "identical_images",
+        "lower",
+        "samples whose every pixel is within the tolerance of one training image's",
+    ),
+    ("distance_to_training", "as the floor", "median RMS pixel distance to the nearest training image"),
+)
+
+
 @dataclass(frozen=True)
 class ClassScore:
     """One class: how many samples, and their agreement beside the held-out images' (None: it has none)."""
@@ -111,57 +128,23 @@ def evaluate(
     # Compare the distributions; the floor is training images, as many of each class as the samples have.
     stand_in = train.images[same_classes(train.labels, samples.labels)]
     reference = pixel_features(held_out.images)
-    distance, precision, recall = _distribution(reference, pixel_features(samples.images), neighbours)
-    distance_floor, precision_floor, recall_floor = _distribution(
-        reference, pixel_features(stand_in), neighbours
-    )
+    distances = _distribution(reference, pixel_features(samples.images), neighbours)
+    distances_floor = _distribution(reference, pixel_features(stand_in), neighbours)
 
     # Look for memorised training images; the floor is held-out images.
     copies = near_copies(
         samples.images, train.images, held_out.images, percentile=percentile, tolerance=tolerance
     )
-    identical_floor = near_copies(
-        held_out.images, train.images, held_out.images, tolerance=tolerance
-    ).identical
+    equals_floor = near_copies(held_out.images, train.images, held_out.images, tolerance=tolerance).identical
 
+    found = (agreement, *distances, copies.rate, copies.ratio, copies.identical, copies.median_distance)
+    floors = (
+        *(agreement_floor, *distances_floor, copies.held_out_rate, 1.0),
+        *(equals_floor, copies.held_out_median_distance),
+    )
     metrics = {
-        "class_agreement": Metric(
-            agreement,
-            agreement_floor,
-            "higher",
-            "share that an SVM fitted on the training split calls as asked",
-        ),
-        "frechet_distance": Metric(
-            distance,
-            distance_floor,
-            "lower",
-            "of Gaussians fitted to the pixels in [0, 1], to the held-out split",
-        ),
-        "precision": Metric(
-            precision, precision_floor, "higher", "share of samples among the held-out images"
-        ),
-        "recall": Metric(recall, recall_floor, "higher", "share of held-out images among the samples"),
-        "near_copy_rate": Metric(
-            copies.rate,
-            copies.held_out_rate,
-            "as the floor",
-            "share nearer to a training image than the threshold",
-        ),
-        "near_copy_ratio": Metric(
-            copies.ratio, 1.0, "as the floor", "that share over the held-out images' share"
-        ),
-        "identical_images": Metric(
-            copies.identical,
-            identical_floor,
-            "lower",
-            f"samples within {tolerance}/255 of one training image",
-        ),
-        "distance_to_training": Metric(
-            copies.median_distance,
-            copies.held_out_median_distance,
-            "as the floor",
-            "median RMS pixel distance to the nearest training image",
-        ),
+        name: Metric(value, floor, better, meaning)
+        for (name, better, meaning), value, floor in zip(METRICS, found, floors, strict=True)
     }
     per_class = {
         label: ClassScore(int((samples.labels == label).sum()), value, by_class_floor.get(label))

@@ -100,6 +100,7 @@ class Engine(ABC):
             group["lr"] = lr
         self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # read by torch's fused step
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         self.module.zero_grad(set_to_none=True)
 
     def refresh(self) -> None:  # noqa: B027  # most engines hold one copy of the weights and have nothing to do
