@@ -95,6 +95,7 @@ def write_split(
 
 
 def main(arguments: Sequence[str]) -> None:
+    """The command line: write both splits, or say that they are there."""
     parser = argparse.ArgumentParser(
         prog="python -m data_prep.digits", description="scikit-learn's digits as shards"
     )

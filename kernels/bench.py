@@ -136,6 +136,7 @@ def check(text: str, value: float, limit: float, *, at_least: bool) -> bool:
 
 
 def main() -> int:
+    """The command line: print the table and the verdicts; 1 if a requirement is not met."""
     parser = argparse.ArgumentParser(description="Time the operators on this machine.")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")

@@ -57,6 +57,7 @@ def guided(
     t_low, t_high = guidance.interval
 
     def denoise(x_BCHW: Tensor, t: Tensor) -> Tensor:
+        """x_t (B, C, H, W), t (B,) -> guided model output (B, D, H, W)."""
         if guidance.scale == 1:
             return model(x_BCHW, t, y)
         inside = (t >= t_low) & (t <= t_high)

@@ -94,6 +94,7 @@ class SpatialMix(nn.Module):
         self.output = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor, grid: Grid, num_tokens: int = 0) -> Tensor:
+        """x (B, T, D) on `grid` (h, w), its first `num_tokens` tokens conditions -> (B, T, D)."""
         # Lerp each token with its neighbours: x mix + xx (1 - mix).
         xx_BTD = _neighbours(x_BTD, grid, num_tokens)
         delta_BTD = x_BTD - xx_BTD
@@ -167,6 +168,7 @@ class Block(nn.Module):
         keep_B: Tensor | None = None,
         num_tokens: int = 0,
     ) -> Tensor:
+        """x (B, T, D), condition c (B, D), skip like x, keep (B,) -> (B, T, D); the first `num_tokens` condition."""
         if self.skip_linear is not None:
             assert skip_BTD is not None
             x_BTD = self.skip_linear(torch.cat([x_BTD, skip_BTD], dim=-1))
