@@ -3,6 +3,7 @@
 A test that needs a program or a GPU is marked so, and skipped and named at the end where that is absent:
 `@pytest.mark.needs("sbatch", apt="slurm-wlm")`, `@pytest.mark.needs("gpu")`. With DRWKV_CI=1 in the
 environment a skip for any reason but the want of a GPU fails the run: CI cannot quietly stop testing a thing.
+Without a GPU, Triton's kernels run in its interpreter, on CPU tensors; what compiles them starts a process.
 """
 
 from __future__ import annotations
@@ -13,6 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # before any kernel is imported: it is read at their definition
 
 NO_GPU = "no GPU"
 
@@ -26,8 +33,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _absence(tool: str, apt: str | None) -> str | None:
     """Why `tool` cannot be used here, None if it can."""
     if tool == "gpu":
-        import torch
-
         return None if torch.cuda.is_available() else NO_GPU
     if shutil.which(tool):
         return None

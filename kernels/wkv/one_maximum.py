@@ -1,37 +1,47 @@
 """Bi-WKV under one maximum per (batch, channel): two plain linear scans (`scan.py`) and the diagonal.
 
 Valid for channels with |w| T + |u| <= REACH; the others take `carried_maximum.py`. `torch.py` chooses.
-The derivation is in `README.md`.
-Shapes: S the pair (numerator, denominator), B batch, T tokens, C channels.
+The derivation is in `README.md`, the cutting into groups and segments in `segments.py`.
+Shapes: S the pair (numerator, denominator), B batch, T tokens, C channels, L tokens of a chunk, N chunks,
+D the directions (past, future).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from drwkv.kernels.wkv.scan import Powers, Rows, decay_powers, sum_future, sum_past
+from drwkv.kernels.wkv.scan import carry_through, scan_chunks, sum_chunks
+from drwkv.kernels.wkv.segments import Group, Pair, Segment, groups
 
-REACH = 30.0  # y holds to 60 in float32; from about 30 on the gradient of a negative decay loses digits
-BLOCK = 3 << 16  # elements of a (B, T, C) buffer: few enough for the cache, enough to outweigh the calls
+REACH = 25.0  # y holds to 60 in float32; from about 30 on the gradient of a negative decay loses digits
 LOG2_E = 1 / math.log(2)
-NARROWEST = 128  # channels of a block, where there are more: narrower rows are read and added slowly
+TINY = 1e-30  # the least sum of weights that is divided by
 
 
 def forward(
     w_C: Tensor, u_C: Tensor, k_BTC: Tensor, v_BTC: Tensor, *, y_BTC: Tensor, dtype: torch.dtype
 ) -> None:
     """Write y, computing in `dtype`."""
-    bonus_C = u_C.to(dtype).exp()
-    for at, powers, (x, x_past, x_future) in _blocks(w_C, k_BTC, dtype, 3):
-        _weigh(k_BTC[at], v_BTC[at], x.all)
-        sum_past(x, powers, x_past)
-        sum_future(x, powers, x_future)
-        num, den = x_past.all.add_(x_future.all).addcmul_(x.all, bonus_C[at[2]])
-        torch.div(num, den, out=y_BTC[at])
+    decay = _Decay.of(w_C, u_C, dtype)
+    for group in groups(k_BTC, dtype, num_pairs=3, num_sums=2):
+        sources = _Sources(group, decay, k_BTC, v_BTC)
+        sums, entering = group.sums
+        for segment in group.segments:
+            sources.weigh(segment)
+            sources.sum_chunks(segment, segment.pairs[0], sums)
+        sources.scan_chunks(sums, entering)
+        for segment in reversed(group.segments):
+            sources.weigh(segment)
+            x, past, future = segment.pairs
+            sources.carry_past(segment, x, entering, past)
+            sources.carry_future(segment, x, entering, future)
+            num, den = past.all.add_(future.all).addcmul_(x.all, sources.bonus_C).unbind(1)
+            for (y,), (num_part, den_part) in segment.views((y_BTC,), (num, den)):
+                torch.div(num_part, den_part, out=y)
 
 
 def backward(
@@ -46,82 +56,162 @@ def backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Write the gradients of k and v and return those of w and u (C,), computing in `dtype`."""
-    bonus_C = u_C.to(dtype).exp()
-    gw_C, gu_C = torch.zeros_like(bonus_C), torch.zeros_like(bonus_C)
-    for at, powers, (x_rows, x_past_rows, x_future_rows, g_rows, g_past_rows) in _blocks(
-        w_C, k_BTC, dtype, 5
-    ):
-        c, bonus, g_future_rows = at[2], bonus_C[at[2]], x_future_rows
-        x, x_past, x_future = x_rows.all, x_past_rows.all, x_future_rows.all
-        g, g_past, g_future = g_rows.all, g_past_rows.all, g_future_rows.all
-        _weigh(k_BTC[at], v_BTC[at], x)
-        _centre(v_BTC[at], x)
-        sum_past(x_rows, powers, x_past_rows)
-        sum_future(x_rows, powers, x_future_rows)
+    decay = _Decay.of(w_C, u_C, dtype)
+    gw_C, gu_C = torch.zeros_like(w_C, dtype=dtype), torch.zeros_like(u_C, dtype=dtype)
+    for group in groups(k_BTC, dtype, num_pairs=5, num_sums=3):
+        sources = _Sources(group, decay, k_BTC, v_BTC)
+        readers = _Readers(sources, gy_BTC)
+        sums, _, entering = group.sums
+        for segment in reversed(group.segments):
+            readers.weigh(segment)
+            sources.sum_chunks(segment, segment.pairs[3], sums)
+        sources.scan_chunks(sums, entering)
+        for segment in group.segments:
+            readers.weigh(segment)
+            x, x_past, x_future, g, g_past = segment.pairs
+            torch.mul(g.all, x.all, out=g_past.all)
+            gu_C[group.channels] += _difference(g_past).mul_(sources.bonus_C)
 
-        # (g, h) = (gy / den, gy y / den) is summed over the readers as (e v, e) is over the sources.
-        num, den = torch.add(x_past, x_future, out=g_past).addcmul_(x, bonus)
-        torch.div(gy_BTC[at], den, out=g[0])
-        torch.mul(num.div_(den), g[0], out=g[1])
-        gu_C[c] += _difference(torch.mul(g, x, out=g_past)).mul_(bonus)
+            # Each token strictly between a source and its reader adds one to their distance.
+            sources.carry_past(segment, g, entering, g_past)
+            x_future.all.mul_(g_past.all)
+            between_C = _difference(x_future)
+            g_future = x_future
+            sources.carry_future(segment, g, entering, g_future)
+            x_past.all.mul_(g_future.all)
+            between_C += _difference(x_past)
+            gw_C[group.channels] -= between_C.mul_(sources.decay_C)
 
-        # Each token strictly between a source and its reader adds one to their distance.
-        sum_past(g_rows, powers, g_past_rows)
-        between_C = _difference(x_future.mul_(g_past))
-        sum_future(g_rows, powers, g_future_rows)
-        between_C += _difference(x_past.mul_(g_future))
-        gw_C[c] -= between_C.mul_(powers[0].one_C)
-
-        total_g, total_h = g_past.add_(g_future).addcmul_(g, bonus)
-        torch.mul(total_g, x[1], out=gv_BTC[at])
-        torch.addcmul(x[0].mul_(total_g), x[1], total_h, value=-1, out=gk_BTC[at])
+            total_g, total_h = g_past.all.add_(g_future.all).addcmul_(g.all, sources.bonus_C).unbind(1)
+            weighted, e = x.all.unbind(1)
+            weighted.mul_(total_g)
+            for (gk, gv), parts in segment.views((gk_BTC, gv_BTC), (weighted, e, total_g, total_h)):
+                torch.addcmul(parts[0], parts[1], parts[3], value=-1, out=gk)
+                torch.mul(parts[1], parts[2], out=gv)
     return gw_C, gu_C
 
 
-def _difference(pair_SBTC: Tensor) -> Tensor:
-    """Sum over (B, T) of the pair's first less its second."""
-    first_C, second_C = pair_SBTC.sum((1, 2))
+def _difference(pair: Pair) -> Tensor:
+    """Sum over all tokens of the pair's first less its second: (C,)."""
+    first_C, second_C = pair.all.sum(0).sum((1, 2))  # in one go it takes six times as long
     return first_C - second_C
 
 
-def _blocks(
-    w_C: Tensor, k_BTC: Tensor, dtype: torch.dtype, count: int
-) -> Iterator[tuple[tuple[slice, slice, slice], list[Powers], list[Rows]]]:
-    """Index blocks of about BLOCK elements, all tokens in each, with the decay's powers and `count` buffers.
+class _Decay(NamedTuple):
+    """w in float64, exp(-w) and exp(u): (C,)."""
 
-    All blocks share the buffers, so what a call holds beside its inputs and outputs does not grow with B.
+    w_C: Tensor
+    decay_C: Tensor
+    bonus_C: Tensor
+
+    @staticmethod
+    def of(w_C: Tensor, u_C: Tensor, dtype: torch.dtype) -> _Decay:
+        w_C = w_C.double()
+        return _Decay(w_C, torch.exp(-w_C).to(dtype), u_C.to(dtype).exp())
+
+
+class _Sources:
+    """The pairs x = (e (v - a), e) of a group, with e = exp(k - max_t k), and the sums of pairs over its tokens.
+
+    The output wants a = 0. A segment's x stands in its first buffer. Sums over all tokens take two passes over the
+    segments, in opposite orders, so that one segment at least still stands in its buffers.
     """
-    if k_BTC.numel() == 0:
-        return
-    batch, num_tokens, channels = k_BTC.shape
-    c_step = _even_step(channels, max(NARROWEST, BLOCK // num_tokens))
-    b_step = _even_step(batch, max(1, BLOCK // (num_tokens * c_step)))
-    workspace = k_BTC.new_empty((count, 2 * b_step * num_tokens * c_step), dtype=dtype)
-    buffers: dict[tuple[int, ...], list[Rows]] = {}
-    for c in range(0, channels, c_step):
-        powers = decay_powers(w_C[c : c + c_step], num_tokens, dtype)
-        for b in range(0, batch, b_step):
-            shape = (2, min(b_step, batch - b), num_tokens, min(c_step, channels - c))
-            if shape not in buffers:
-                pieces = workspace[:, : math.prod(shape)].view(count, *shape)
-                buffers[shape] = [Rows(piece) for piece in pieces]
-            yield (slice(b, b + shape[1]), slice(None), slice(c, c + shape[3])), powers, buffers[shape]
+
+    def __init__(self, group: Group, decay: _Decay, k_BTC: Tensor, v_BTC: Tensor) -> None:
+        self.group, self.k_BTC, self.v_BTC = group, k_BTC, v_BTC
+        self.w_C, self.decay_C, self.bonus_C = (x_C[group.channels] for x_C in decay)
+        self.maximum_B1C = group.whole(k_BTC).amax(1, keepdim=True).to(self.decay_C.dtype)
+        self.centre_B1C: Tensor | None = None  # a; None is 0
+        self.weighed: Segment | None = None  # whose e stands in the first buffer
+        self.valued: Segment | None = None  # whose e (v - a) does
+
+    def weigh(self, segment: Segment) -> None:
+        """Fill the first buffer with the segment's x, unless it is there."""
+        x = segment.pairs[0]
+        weighted_all, e_all = x.all.unbind(1)
+        if self.weighed is not segment:
+            for (k,), (e,) in segment.views((self.k_BTC,), (e_all,)):
+                torch.sub(k, self.maximum_B1C, out=e)
+            e_all.mul_(LOG2_E).exp2_()  # three times as fast as exp on a CPU
+            segment.empty_rest(x)
+            self.weighed, self.valued = segment, None
+        if self.valued is not segment:
+            for (v,), (weighted, e) in segment.views((self.v_BTC,), (weighted_all, e_all)):
+                if self.centre_B1C is None:
+                    torch.mul(v, e, out=weighted)
+                else:
+                    torch.sub(v, self.centre_B1C, out=weighted).mul_(e)
+            self.valued = segment
+
+    def enter_centred(self, sums: Tensor, entering: Tensor) -> None:
+        """Let a be the mean of v under e, and sum x: no gradient depends on a, and v_i - y_t cancels less.
+
+        Each segment is summed about its own mean, and the sums are moved to that of all: one pass less.
+        """
+        means, masses = [], []
+        for segment in self.group.segments:
+            self._centre_at(None)
+            self.weigh(segment)
+            weighted_BC, mass_BC = segment.pairs[0].all.sum(0).sum(2)
+            means.append((weighted_BC / mass_BC.clamp_min(TINY))[:, None])
+            masses.append(mass_BC[:, None])
+            self._centre_at(means[-1])
+            self.weigh(segment)
+            self.sum_chunks(segment, segment.pairs[0], sums)
+        if len(means) > 1:
+            mean, mass = torch.stack(means), torch.stack(masses)
+            self._centre_at((mean * mass).sum(0) / mass.sum(0))
+            for segment, own_mean in zip(self.group.segments, means, strict=True):
+                weighted, e = sums[..., segment.chunks, :].unbind(1)
+                weighted.addcmul_(e, own_mean - self.centre_B1C)
+        self.scan_chunks(sums, entering)
+
+    def sum_chunks(self, segment: Segment, x: Pair, sums: Tensor) -> None:
+        if self.group.num_chunks > 1:
+            sum_chunks(x.at, self.decay_C, sums[..., segment.chunks, :])
+
+    def scan_chunks(self, sums: Tensor, entering: Tensor) -> None:
+        if self.group.num_chunks > 1:
+            scan_chunks(sums, self.w_C * self.group.length, entering)
+        else:
+            entering.zero_()
+
+    def carry_past(self, segment: Segment, x: Pair, entering: Tensor, out: Pair) -> None:
+        carry_through(x.at, self.decay_C, entering[0, ..., segment.chunks, :], out.at)
+
+    def carry_future(self, segment: Segment, x: Pair, entering: Tensor, out: Pair) -> None:
+        carry_through(x.at[::-1], self.decay_C, entering[1, ..., segment.chunks, :], out.at[::-1])
+
+    def _centre_at(self, centre_B1C: Tensor | None) -> None:
+        self.centre_B1C, self.valued = centre_B1C, None
 
 
-def _even_step(length: int, at_most: int) -> int:
-    pieces = -(-length // at_most)
-    return -(-length // pieces)
+class _Readers:
+    """The pairs (g, h) = (gy / den, gy y / den), which are summed over the readers as x is over the sources.
 
+    A segment's x, its past, its future and (g, h) stand in the first four buffers.
+    """
 
-def _weigh(k_BTC: Tensor, v_BTC: Tensor, x_SBTC: Tensor) -> None:
-    """x = (e v, e) with e = exp(k - max_t k), as a power of two: three times as fast as exp on a CPU."""
-    weighted, e = x_SBTC
-    torch.sub(k_BTC, k_BTC.amax(1, keepdim=True).to(e.dtype), out=e).mul_(LOG2_E).exp2_()
-    torch.mul(e, v_BTC, out=weighted)
+    def __init__(self, sources: _Sources, gy_BTC: Tensor) -> None:
+        self.sources, self.gy_BTC = sources, gy_BTC
+        sums, self.entering_x, _ = sources.group.sums
+        sources.enter_centred(sums, self.entering_x)
+        self.weighed: Segment | None = None
 
-
-def _centre(v_BTC: Tensor, x_SBTC: Tensor) -> None:
-    """x = (e (v - a), e), a the mean of v under e: no gradient depends on a, and v_i - y_t cancels less."""
-    weighted, e = x_SBTC
-    mean_B1C = weighted.sum(1, keepdim=True) / e.sum(1, keepdim=True)
-    torch.sub(v_BTC, mean_B1C, out=weighted).mul_(e)
+    def weigh(self, segment: Segment) -> None:
+        """Fill the first four buffers, unless they hold the segment, and overwrite the fifth."""
+        if self.weighed is segment:
+            return
+        x, x_past, x_future, g, whole = segment.pairs
+        sources = self.sources
+        sources.weigh(segment)
+        sources.carry_past(segment, x, self.entering_x, x_past)
+        sources.carry_future(segment, x, self.entering_x, x_future)
+        torch.add(x_past.all, x_future.all, out=whole.all).addcmul_(x.all, sources.bonus_C)
+        num, den = whole.all.unbind(1)
+        g_all, h_all = g.all.unbind(1)
+        for (gy,), (part_g, part_den) in segment.views((self.gy_BTC,), (g_all, den)):
+            torch.div(gy, part_den, out=part_g)
+        torch.mul(num.div_(den), g_all, out=h_all)
+        segment.empty_rest(g)
+        self.weighed = segment

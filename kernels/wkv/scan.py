@@ -1,90 +1,74 @@
-"""Sums over the tokens before and after each token, with weights that decay by the token: two linear scans.
+"""Sums over the tokens before and after each token, with weights that decay by the token: linear scans.
 
-Chunks of RADIX tokens are summed token by token, all chunks at once; the chunks' sums are scanned in the same
-way; then every chunk receives what lies outside it. The derivation is in `README.md`.
-Shapes: T tokens, C channels, R powers, ... any leading dimensions.
+Tokens lie in a buffer by chunks, the place inside the chunk outermost, so that one step of a scan is one operation
+on contiguous memory for all chunks at once. Each chunk is summed, the sums are scanned in the same way, and what
+enters a chunk is carried through it. The derivation is in `README.md`.
+Shapes: L tokens of a chunk, N chunks, C channels, D the directions (past, future), S and B as the caller's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 RADIX = 16  # tokens of a chunk; a decay is multiplied up inside a chunk only, so its rounding stays small
+LONGEST = 64  # tokens that are one chunk
 
 
-class Powers(NamedTuple):
-    """exp(-w s) and exp(-w s r) for r = 0..R-1 and R-1..0, with s the distance of neighbours at one level."""
+def chunk_length(num_tokens: int) -> int:
+    """Tokens of a chunk: all of few tokens, else at most RADIX, and so many that the last chunk is nearly full."""
+    if num_tokens <= LONGEST:
+        return num_tokens
+    return -(-num_tokens // -(-num_tokens // RADIX))
 
-    one_C: Tensor
-    rising_RC: Tensor
-    falling_RC: Tensor
+
+def carry_through(x: Sequence[Tensor], decay_C: Tensor, entering: Tensor, out: Sequence[Tensor]) -> None:
+    """out_0 = entering, out_t = x_{t-1} + decay out_{t-1}: the past; with x and out reversed, the future."""
+    out[0].copy_(entering)
+    for t in range(1, len(out)):
+        torch.addcmul(x[t - 1], out[t - 1], decay_C, out=out[t])
 
 
-def decay_powers(w_C: Tensor, num_tokens: int, dtype: torch.dtype) -> list[Powers]:
-    """The powers for each level of a scan over `num_tokens`."""
+def sum_chunks(x: Sequence[Tensor], decay_C: Tensor, out_DSBNC: Tensor) -> None:
+    """What each chunk by itself hands to the next chunk, and to the one before it. x: L times (S, B, N, C)."""
+    _sum(x, decay_C, out_DSBNC[0])
+    _sum(x[::-1], decay_C, out_DSBNC[1])
+
+
+def scan_chunks(sums_DSBNC: Tensor, w_C: Tensor, out_DSBNC: Tensor) -> None:
+    """What enters each chunk from all before it and from all after it. w_C: float64, from one chunk to the next."""
+    _scan(sums_DSBNC[0], w_C, out_DSBNC[0], step=1)
+    _scan(sums_DSBNC[1], w_C, out_DSBNC[1], step=-1)
+
+
+def _sum(x: Sequence[Tensor], decay_C: Tensor, out: Tensor) -> None:
+    """out = sum_t decay^(L-1-t) x_t."""
+    if len(x) == 1:
+        out.copy_(x[0])
+        return
+    torch.addcmul(x[1], x[0], decay_C, out=out)
+    for x_t in x[2:]:
+        torch.addcmul(x_t, out, decay_C, out=out)
+
+
+def _scan(x_SBNC: Tensor, w_C: Tensor, out_SBNC: Tensor, step: int) -> None:
+    """out_n = sum_{j<n} exp(-(n-j-1) w) x_j, or with step -1 the same from the other end."""
     # In float64: the rounding of one step would be raised to the power of the distance.
-    one_C, levels = torch.exp(-w_C.double()), []
-    while True:
-        rising = torch.cat([torch.ones_like(one_C)[None], one_C.expand(RADIX, -1).cumprod(0)])
-        levels.append(Powers(one_C.to(dtype), rising[:-1].to(dtype), rising[:-1].flip(0).to(dtype)))
-        if num_tokens <= 2 * RADIX:
-            return levels
-        one_C, num_tokens = rising[-1], num_tokens // RADIX + 1
-
-
-class Rows:
-    """A buffer (..., T, C) and its views by token, made once for the many scans that run over it."""
-
-    def __init__(self, buffer: Tensor) -> None:
-        num_tokens = buffer.shape[-2]
-        full = num_tokens // RADIX if num_tokens > 2 * RADIX else 0
-        self.all = buffer
-        self.rest = buffer[..., full * RADIX :, :]
-        self.rest_at: Sequence[Tensor] = self.rest.unbind(-2)
-        self.chunks_at: Sequence[Tensor] = ()
-        if full:
-            self.chunks = buffer[..., : full * RADIX, :].unflatten(-2, (full, RADIX))
-            self.chunks_at = self.chunks.unbind(-2)
-            sums, outside = buffer.new_empty((2, *buffer.shape[:-2], full + 1, buffer.shape[-1]))
-            self.sums, self.chunk_sums, self.rest_sum = Rows(sums), sums[..., :full, :], sums[..., full, :]
-            self.outside = Rows(outside)
-            self.outside_chunks, self.outside_rest = outside[..., :full, None, :], outside[..., full:, :]
-
-
-def sum_past(x: Rows, powers: Sequence[Powers], out: Rows) -> None:
-    """out_t = sum_{i<t} exp(-(t-i-1) w) x_i."""
-    p = powers[0]
-    for x_at, out_at in ((x.chunks_at, out.chunks_at), (x.rest_at, out.rest_at)):
-        if out_at:
-            out_at[0].zero_()
-        for t in range(1, len(out_at)):
-            torch.addcmul(x_at[t - 1], out_at[t - 1], p.one_C, out=out_at[t])
-    if out.chunks_at:
-        torch.addcmul(x.chunks_at[-1], out.chunks_at[-1], p.one_C, out=out.chunk_sums)
-        out.rest_sum.zero_()
-        sum_past(out.sums, powers[1:], out.outside)
-        out.chunks.addcmul_(out.outside_chunks, p.rising_RC)
-        if out.rest_at:
-            out.rest.addcmul_(out.outside_rest, p.rising_RC[: len(out.rest_at)])
-
-
-def sum_future(x: Rows, powers: Sequence[Powers], out: Rows) -> None:
-    """out_t = sum_{i>t} exp(-(i-t-1) w) x_i."""
-    p = powers[0]
-    for x_at, out_at in ((x.chunks_at, out.chunks_at), (x.rest_at, out.rest_at)):
-        if out_at:
-            out_at[-1].zero_()
-        for t in range(len(out_at) - 1, 0, -1):
-            torch.addcmul(x_at[t], out_at[t], p.one_C, out=out_at[t - 1])
-    if out.chunks_at:
-        torch.addcmul(x.chunks_at[0], out.chunks_at[0], p.one_C, out=out.chunk_sums)
-        if out.rest_at:
-            torch.addcmul(x.rest_at[0], out.rest_at[0], p.one_C, out=out.rest_sum)
-        else:
-            out.rest_sum.zero_()
-        sum_future(out.sums, powers[1:], out.outside)
-        out.chunks.addcmul_(out.outside_chunks, p.falling_RC)
+    decay_C = torch.exp(-w_C).to(x_SBNC.dtype)
+    num = x_SBNC.shape[-2]
+    if num <= 2 * RADIX:
+        nothing = torch.zeros_like(x_SBNC[..., 0, :])
+        carry_through(x_SBNC.unbind(-2)[::step], decay_C, nothing, out_SBNC.unbind(-2)[::step])
+        return
+    rest = -num % RADIX
+    x = torch.nn.functional.pad(x_SBNC, (0, 0, 0, rest)) if rest else x_SBNC
+    out = torch.empty_like(x) if rest else out_SBNC
+    x_at, out_at = (buffer.unflatten(-2, (-1, RADIX)).unbind(-2)[::step] for buffer in (x, out))
+    sums, entering = torch.empty((2, *x_at[0].shape), dtype=x.dtype, device=x.device)
+    _sum(x_at, decay_C, sums)
+    _scan(sums, RADIX * w_C, entering, step)
+    carry_through(x_at, decay_C, entering, out_at)
+    if rest:
+        out_SBNC.copy_(out[..., :num, :])

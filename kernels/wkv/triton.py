@@ -1,0 +1,376 @@
+"""The `triton` backend of Bi-WKV: custom operators, launches, and what the launches may be.
+
+Here: registration (fake tensors, autograd, FLOP count), buffers, grids, the choice of the launch configuration, and
+the list of compilations for `drwkv.kernels.resources`. The kernels are in `triton_forward.py` and
+`triton_backward.py`, the derivation is in `README.md`.
+Shapes: B batch, T tokens, C channels, S tiles, P parts of the decays' gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from drwkv.kernels import autotune
+from drwkv.kernels.resources import Compilation
+from drwkv.kernels.wkv import triton_backward, triton_forward
+from drwkv.kernels.wkv.torch import BACKWARD_FLOPS, FORWARD_FLOPS
+
+CARRIED_TILE = {"N": 32, "BC": 8}  # of the general path
+CARRIED_WARPS = 8
+WHOLE_ROWS, EXCHANGE_ROWS = 16, 64  # tiles that meet at a time: inside one program, in a launch of its own
+EXCHANGE = {"BC": 16, "ROWS": EXCHANGE_ROWS}
+EXCHANGE_WARPS = 16
+MAX_WHOLE_TILES = 64  # longer sequences are always cut
+PROGRAMS_TO_FILL = 264  # two for each multiprocessor of the largest chip known here
+MAX_TOKENS = 1 << 30  # tokens and channels are counted in int32 (addresses are int64)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One launch configuration: tiles of N runs of R tokens by BC channels."""
+
+    N: int
+    R: int
+    BC: int
+    num_warps: int
+
+    @property
+    def tile(self) -> int:
+        return self.N * self.R
+
+    def span(self, num_tokens: int) -> int:
+        """The longest distance over which a decay is multiplied up: a tile may be longer than the sequence."""
+        return max(num_tokens, self.tile)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"N": self.N, "R": self.R, "BC": self.BC}
+
+
+SHORT = 32  # tokens of which one small tile holds all
+FORWARD_SHORT, BACKWARD_SHORT = (Config(4, 8, 32, 2),), (Config(4, 8, 16, 2),)
+FORWARD = (Config(16, 8, 32, 4), Config(32, 8, 16, 8))  # the first is the default
+BACKWARD = (Config(16, 8, 16, 8), Config(8, 8, 32, 8))
+
+
+def bi_wkv_triton(decay: Tensor, first: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Bi-WKV in fused kernels; arguments as in `op.bi_wkv`, unchecked but for their size.
+
+    Raises ValueError for more than 2^30 tokens or channels.
+    """
+    _check_size(k)
+    return _bi_wkv(decay, first, k, v)[0]
+
+
+def bi_wkv_gated_triton(decay: Tensor, first: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
+    """sigmoid(r) times Bi-WKV in the same kernels; arguments as in `op.bi_wkv_gated`, unchecked but for their size.
+
+    Raises ValueError for more than 2^30 tokens or channels.
+    """
+    _check_size(k)
+    return _bi_wkv_gated(decay, first, k, v, r)[0]
+
+
+def _check_size(k: Tensor) -> None:
+    if max(k.shape[1:]) > MAX_TOKENS:
+        raise ValueError(
+            f"bi_wkv: backend 'triton' takes up to {MAX_TOKENS} tokens and channels; got k {tuple(k.shape)}"
+        )
+
+
+@torch.library.custom_op("drwkv::bi_wkv_triton", mutates_args=())
+def _bi_wkv(decay: Tensor, first: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return _forward(decay, first, k, v, None)
+
+
+@torch.library.custom_op("drwkv::bi_wkv_gated_triton", mutates_args=())
+def _bi_wkv_gated(decay: Tensor, first: Tensor, k: Tensor, v: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    return _forward(decay, first, k, v, r)
+
+
+@torch.library.custom_op("drwkv::bi_wkv_triton_backward", mutates_args=())
+def _bi_wkv_backward(
+    gy: Tensor, centre: Tensor, decay: Tensor, first: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gw, gu, gk, gv, _ = _backward(gy, centre, decay, first, k, v, None)
+    return gw, gu, gk, gv
+
+
+@torch.library.custom_op("drwkv::bi_wkv_gated_triton_backward", mutates_args=())
+def _bi_wkv_gated_backward(
+    gy: Tensor, centre: Tensor, decay: Tensor, first: Tensor, k: Tensor, v: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gw, gu, gk, gv, gr = _backward(gy, centre, decay, first, k, v, r)
+    assert gr is not None
+    return gw, gu, gk, gv, gr
+
+
+def _forward(decay: Tensor, first: Tensor, k: Tensor, v: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor]:
+    """y (B, T, C), gated with r, and its ungated first token (B, C) in float32."""
+    B, T, C = k.shape
+    y, centre = v.new_empty((B, T, C)), k.new_empty((B, C), dtype=torch.float32)
+    if not k.numel():
+        return y, centre
+    w, u, r_or_k = decay.contiguous(), first.contiguous(), k if r is None else r
+    strides = (*k.stride(), *v.stride(), *r_or_k.stride())
+
+    def launch(config: Config) -> None:
+        cut = _Cut(k, config)
+        sums = k.new_empty((5, B, cut.S, C), dtype=torch.float32)
+        if not cut.whole:
+            cut.sum_sources(w, u, k, v, None, sums)
+            cut.exchange(w, u, sums)
+        triton_forward.forward_kernel[cut.grid](
+            w, u, k, v, r_or_k, y, centre, sums, *cut.sizes, *strides,
+            GATED=r is not None, WHOLE=cut.whole, ROWS=WHOLE_ROWS, EVEN=cut.even, **cut.options,
+        )  # fmt: skip
+
+    with _device_of(k):
+        config = _choose("bi_wkv_forward", FORWARD_SHORT if T <= SHORT else FORWARD, launch, k, v, r)
+        launch(config)
+        steps, grid = _carried_cut(k)
+        triton_forward.forward_carried_kernel[grid](
+            w, u, k, v, r_or_k, y, centre,
+            k.new_empty((B, steps, C), dtype=torch.float64), k.new_empty((2, B, steps, C), dtype=torch.float32),
+            T, C, steps, config.span(T), B * steps * C, *strides,
+            GATED=r is not None, **CARRIED_TILE, num_warps=CARRIED_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
+    return y, centre
+
+
+def _backward(
+    gy: Tensor, centre: Tensor, decay: Tensor, first: Tensor, k: Tensor, v: Tensor, r: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of decay, first, k, v and r, each in its input's dtype."""
+    B, T, C = k.shape
+    gk, gv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+    gr = None if r is None else torch.empty_like(r, memory_format=torch.contiguous_format)
+    if not k.numel():
+        return torch.zeros_like(decay), torch.zeros_like(first), gk, gv, gr
+    w, u, r_or_k, gr_or_gk = (
+        decay.contiguous(),
+        first.contiguous(),
+        k if r is None else r,
+        gk if gr is None else gr,
+    )
+    strides = (*k.stride(), *v.stride(), *r_or_k.stride(), *gy.stride())
+
+    def launch(config: Config) -> Tensor:
+        cut = _Cut(k, config)
+        sums, grad_sums = (k.new_empty((n, B, cut.S, C), dtype=torch.float32) for n in (5, 4))
+        parts = k.new_empty((2, B, 1 if cut.whole else cut.S, C), dtype=torch.float32)
+
+        def run(readers: bool, gradients: bool) -> None:
+            triton_backward.backward_kernel[cut.grid](
+                w, u, k, v, r_or_k, gy, centre, gk, gv, gr_or_gk, parts[0], parts[1], sums, grad_sums,
+                *cut.sizes, *strides, GATED=r is not None, WHOLE=cut.whole, READERS=readers, GRADIENTS=gradients,
+                ROWS=WHOLE_ROWS, EVEN=cut.even, **cut.options,
+            )  # fmt: skip
+
+        if cut.whole:
+            run(True, True)
+        else:
+            cut.sum_sources(w, u, k, v, centre, sums)
+            cut.exchange(w, u, sums)
+            run(True, False)
+            cut.exchange(w, u, grad_sums)
+            run(False, True)
+        return parts
+
+    with _device_of(k):
+        config = _choose("bi_wkv_backward", BACKWARD_SHORT if T <= SHORT else BACKWARD, launch, k, v, r)
+        parts = launch(config)
+        steps, grid = _carried_cut(k)
+        triton_backward.backward_carried_kernel[grid](
+            w, u, k, v, r_or_k, gy, centre, gk, gv, gr_or_gk, parts[0], parts[1],
+            k.new_empty((3, B, steps, C), dtype=torch.float64),
+            k.new_empty((3, 2, B, steps, C), dtype=torch.float32),
+            T, C, steps, config.span(T), B * steps * C, parts.shape[2], *strides,
+            GATED=r is not None, **CARRIED_TILE, num_warps=CARRIED_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
+        gw, gu = parts[0].sum((0, 1)), parts[1].sum((0, 1))
+    return gw.to(decay.dtype), gu.to(first.dtype), gk, gv, gr
+
+
+class _Cut:
+    """How a launch is cut into programs, with what all of its kernels take."""
+
+    def __init__(self, k: Tensor, config: Config) -> None:
+        B, T, C = k.shape
+        blocks = B * triton.cdiv(C, config.BC)
+        self.S = triton.cdiv(T, config.tile)
+        self.whole = self.S == 1 or (self.S <= MAX_WHOLE_TILES and blocks >= PROGRAMS_TO_FILL)
+        self.even = T % config.tile == 0 and C % config.BC == 0
+        self.grid = (blocks if self.whole else blocks * self.S,)
+        self.sizes = (T, C, self.S, config.span(T), B * self.S * C)
+        self.options = {**config.constants, "num_warps": config.num_warps, "enable_fp_fusion": True}
+        self._length, self._batch = config.tile, B
+
+    def sum_sources(
+        self, w: Tensor, u: Tensor, k: Tensor, v: Tensor, centre: Tensor | None, sums: Tensor
+    ) -> None:
+        """Fill `sums` (5, B, S, C) with every tile's sums, of v less `centre` where given."""
+        triton_forward.sums_kernel[self.grid](
+            w, u, k, v, sums if centre is None else centre, sums, *self.sizes, *k.stride(), *v.stride(),
+            CENTRED=centre is not None, EVEN=self.even, **self.options,
+        )  # fmt: skip
+
+    def exchange(self, w: Tensor, u: Tensor, sums: Tensor) -> None:
+        """Turn every tile's sums into what comes to it."""
+        triton_forward.exchange_kernel[(self._batch * triton.cdiv(sums.shape[3], EXCHANGE["BC"]),)](
+            w, u, sums, *self.sizes, HAS_MAXIMUM=sums.shape[0] == 5, LENGTH=self._length, **EXCHANGE,
+            num_warps=EXCHANGE_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _carried_cut(k: Tensor) -> tuple[int, tuple[int]]:
+    """Steps and grid of the general path, whose programs end at once where one maximum does for all channels."""
+    B, T, C = k.shape
+    return triton.cdiv(T, CARRIED_TILE["N"]), (B * triton.cdiv(C, CARRIED_TILE["BC"]),)
+
+
+def _device_of(x: Tensor) -> AbstractContextManager[object]:
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _choose(
+    kernel: str,
+    candidates: tuple[Config, ...],
+    launch: Callable[[Config], object],
+    k: Tensor,
+    v: Tensor,
+    r: Tensor | None,
+) -> Config:
+    """The configuration for these sizes; batches of up to twice the size share one."""
+    B, T, C = k.shape
+    key = (B.bit_length(), T, C, str(k.dtype), str(v.dtype), str(r.dtype) if r is not None else "")
+
+    def time_ms(config: Config) -> float:
+        return autotune.launch_ms(lambda: launch(config))
+
+    return autotune.choose(kernel, key, candidates, k.device, time_ms)
+
+
+def _fake_forward(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), k.new_empty((k.shape[0], k.shape[2]), dtype=torch.float32)
+
+
+@_bi_wkv.register_fake
+def _(decay: Tensor, first: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return _fake_forward(k, v)
+
+
+@_bi_wkv_gated.register_fake
+def _(decay: Tensor, first: Tensor, k: Tensor, v: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    return _fake_forward(k, v)
+
+
+@_bi_wkv_backward.register_fake
+def _(
+    gy: Tensor, centre: Tensor, decay: Tensor, first: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gw, gu, gk, gv = (x.new_empty(x.shape) for x in (decay, first, k, v))
+    return gw, gu, gk, gv
+
+
+@_bi_wkv_gated_backward.register_fake
+def _(
+    gy: Tensor, centre: Tensor, decay: Tensor, first: Tensor, k: Tensor, v: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gw, gu, gk, gv, gr = (x.new_empty(x.shape) for x in (decay, first, k, v, r))
+    return gw, gu, gk, gv, gr
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], *inputs)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, gy: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
+    return _bi_wkv_backward(gy, *ctx.saved_tensors)
+
+
+def _differentiate_gated(ctx: Any, gy: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
+    return _bi_wkv_gated_backward(gy, *ctx.saved_tensors)
+
+
+_bi_wkv.register_autograd(_differentiate, setup_context=_save)
+_bi_wkv_gated.register_autograd(_differentiate_gated, setup_context=_save)
+
+GATE_FLOPS = 4  # a sigmoid counting as three; its backward twice that
+
+
+@register_flop_formula([torch.ops.drwkv.bi_wkv_triton, torch.ops.drwkv.bi_wkv_gated_triton])
+def _forward_flops(decay: Any, first: Any, k: Any, v: Any, r: Any = None, **_: Any) -> int:
+    return (FORWARD_FLOPS + (GATE_FLOPS if r else 0)) * k[0] * k[1] * k[2]
+
+
+@register_flop_formula([torch.ops.drwkv.bi_wkv_triton_backward, torch.ops.drwkv.bi_wkv_gated_triton_backward])
+def _backward_flops(
+    gy: Any, centre: Any, decay: Any, first: Any, k: Any, v: Any, r: Any = None, **_: Any
+) -> int:
+    return (BACKWARD_FLOPS + (2 * GATE_FLOPS if r else 0)) * k[0] * k[1] * k[2]
+
+
+_FLOAT32 = ("p_w", "p_u", "p_centre", "p_sums", "p_grad_sums", "p_gw", "p_gu", "p_states")
+
+
+def compilations() -> Iterator[Compilation]:
+    """Every kernel in every configuration, gated (the heavier form).
+
+    In bfloat16 with tiles that divide the sequence, in float32 with tiles that do not, and cut along the sequence.
+    """
+    for config in dict.fromkeys((*FORWARD_SHORT, *FORWARD)):
+        for dtype, whole, even in (("bf16", True, True), ("fp32", True, False), ("bf16", False, True)):
+            flags = {"GATED": True, "WHOLE": whole, "ROWS": WHOLE_ROWS, "EVEN": even}
+            yield _compilation(triton_forward.forward_kernel, dtype, config, flags)
+    for config in dict.fromkeys((*BACKWARD_SHORT, *BACKWARD)):
+        variants = [("bf16", True, True, True, True), ("fp32", True, True, True, False)]
+        variants += [("bf16", False, True, False, True), ("bf16", False, False, True, True)]
+        for dtype, whole, readers, gradients, even in variants:
+            flags = {"GATED": True, "WHOLE": whole, "READERS": readers, "GRADIENTS": gradients}
+            flags |= {"ROWS": WHOLE_ROWS, "EVEN": even}
+            yield _compilation(triton_backward.backward_kernel, dtype, config, flags)
+    for config in dict.fromkeys((*FORWARD_SHORT, *FORWARD, *BACKWARD_SHORT, *BACKWARD)):
+        flags = {"CENTRED": True, "EVEN": False}
+        yield _compilation(triton_forward.sums_kernel, "fp32", config, flags)
+    for has_maximum in (True, False):
+        exchange = {"HAS_MAXIMUM": has_maximum, "LENGTH": FORWARD[0].tile, **EXCHANGE}
+        yield _compilation(triton_forward.exchange_kernel, "fp32", EXCHANGE_WARPS, exchange)
+    for kernel in (triton_forward.forward_carried_kernel, triton_backward.backward_carried_kernel):
+        yield _compilation(kernel, "fp32", CARRIED_WARPS, {"GATED": True, **CARRIED_TILE})
+
+
+def _compilation(kernel: Any, dtype: str, config: Config | int, flags: dict[str, Any]) -> Compilation:
+    names = list(kernel.arg_names)
+    constants = dict(flags)
+    name = ""
+    if isinstance(config, Config):
+        constants |= config.constants
+        name = f" {config.N}x{config.R}x{config.BC}"
+    constants |= {n: 1 for n in names if n.startswith("stride_") and n.endswith("c")}
+    signature = {}
+    for n in names:
+        if n not in constants and n.startswith("p_"):
+            signature[n] = "*fp64" if n == "p_scale" else "*fp32" if n in _FLOAT32 else f"*{dtype}"
+        elif n not in constants:
+            signature[n] = "i32"
+    wide = [n for n in signature if n.startswith(("p_", "stride_")) or n in ("C", "plane")]
+    told = " ".join(key.lower() for key, value in flags.items() if value is True)
+    return Compilation(
+        operator="bi_wkv",
+        name=f"{kernel.__name__.removesuffix('_kernel')}{name} {dtype} {told}".strip(),
+        kernel=kernel,
+        signature=signature,
+        constexprs=constants,
+        num_warps=config.num_warps if isinstance(config, Config) else config,
+        divisible_by_16=wide,
+    )
