@@ -23,8 +23,8 @@ from drwkv.kernels.resources import Compilation
 from drwkv.kernels.wkv import triton_backward, triton_forward
 from drwkv.kernels.wkv.torch import BACKWARD_FLOPS, FORWARD_FLOPS
 
-CARRIED_TILE = {"N": 32, "BC": 8}  # of the general path
-CARRIED_WARPS = 8
+CARRIED_TILE = {"N": 16, "BC": 8}  # of the general path
+CARRIED_WARPS = 4
 WHOLE_ROWS, EXCHANGE_ROWS = 16, 64  # tiles that meet at a time: inside one program, in a launch of its own
 EXCHANGE = {"BC": 16, "ROWS": EXCHANGE_ROWS}
 EXCHANGE_WARPS = 16
@@ -328,25 +328,28 @@ def compilations() -> Iterator[Compilation]:
 
     In bfloat16 with tiles that divide the sequence, in float32 with tiles that do not, and cut along the sequence.
     """
-    for config in dict.fromkeys((*FORWARD_SHORT, *FORWARD)):
+    for config in (*FORWARD_SHORT, *FORWARD):
         for dtype, whole, even in (("bf16", True, True), ("fp32", True, False), ("bf16", False, True)):
-            flags = {"GATED": True, "WHOLE": whole, "ROWS": WHOLE_ROWS, "EVEN": even}
-            yield _compilation(triton_forward.forward_kernel, dtype, config, flags)
-    for config in dict.fromkeys((*BACKWARD_SHORT, *BACKWARD)):
+            if whole or config not in FORWARD_SHORT:
+                flags = {"GATED": True, "WHOLE": whole, "ROWS": WHOLE_ROWS, "EVEN": even}
+                yield _compilation(triton_forward.forward_kernel, dtype, config, flags)
+    for config in (*BACKWARD_SHORT, *BACKWARD):
         variants = [("bf16", True, True, True, True), ("fp32", True, True, True, False)]
-        variants += [("bf16", False, True, False, True), ("bf16", False, False, True, True)]
+        if config not in BACKWARD_SHORT:
+            variants += [("bf16", False, True, False, True), ("bf16", False, False, True, True)]
         for dtype, whole, readers, gradients, even in variants:
             flags = {"GATED": True, "WHOLE": whole, "READERS": readers, "GRADIENTS": gradients}
             flags |= {"ROWS": WHOLE_ROWS, "EVEN": even}
             yield _compilation(triton_backward.backward_kernel, dtype, config, flags)
-    for config in dict.fromkeys((*FORWARD_SHORT, *FORWARD, *BACKWARD_SHORT, *BACKWARD)):
+    for config in dict.fromkeys((*FORWARD, *BACKWARD)):
         flags = {"CENTRED": True, "EVEN": False}
         yield _compilation(triton_forward.sums_kernel, "fp32", config, flags)
     for has_maximum in (True, False):
         exchange = {"HAS_MAXIMUM": has_maximum, "LENGTH": FORWARD[0].tile, **EXCHANGE}
         yield _compilation(triton_forward.exchange_kernel, "fp32", EXCHANGE_WARPS, exchange)
-    for kernel in (triton_forward.forward_carried_kernel, triton_backward.backward_carried_kernel):
-        yield _compilation(kernel, "fp32", CARRIED_WARPS, {"GATED": True, **CARRIED_TILE})
+    for dtype in ("bf16", "fp32"):
+        for kernel in (triton_forward.forward_carried_kernel, triton_backward.backward_carried_kernel):
+            yield _compilation(kernel, dtype, CARRIED_WARPS, {"GATED": True, **CARRIED_TILE})
 
 
 def _compilation(kernel: Any, dtype: str, config: Config | int, flags: dict[str, Any]) -> Compilation:

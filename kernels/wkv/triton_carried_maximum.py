@@ -218,7 +218,7 @@ def backward(
     # From left to right: sources and readers together.
     tl.debug_barrier()
     s, n, d = nothing(w)
-    gw, gu = tl.zeros(w.shape, tl.float32), tl.zeros(w.shape, tl.float32)
+    gw_rows, gu_rows = tl.zeros((N, w.shape[1]), tl.float32), tl.zeros((N, w.shape[1]), tl.float32)
     for step in range(steps):
         i = tl.cast(step, tl.int64)
         t = i * N + tl.arange(0, N)[:, None]
@@ -234,9 +234,9 @@ def backward(
         tl.store(p_gk + t * C, (weight * (x_n * a_n - a_d)).to(p_gk.dtype.element_ty), mask=m)
         tl.store(p_gv + t * C, (weight * a_n).to(p_gv.dtype.element_ty), mask=m)
         own = exp2((key + u + scale).to(tl.float32)) * (x_n * g - h)
-        gu += tl.sum(tl.where(m, own, 0.0), 0, keep_dims=True)
+        gu_rows += tl.where(m, own, 0.0)
         between = products(l_s, l_n, l_d, gr_s, gr_n, gr_d, w) + products(gl_s, gl_n, gl_d, r_s, r_n, r_d, w)
-        gw -= tl.sum(tl.where(m, between, 0.0), 0, keep_dims=True)
+        gw_rows -= tl.where(m, between, 0.0)
         t_s, t_n, t_d = total(scale + w * t, g, h)
         s, n, d = add(s, n, d, t_s, t_n, t_d)
-    return gw, gu
+    return tl.sum(gw_rows, 0, keep_dims=True), tl.sum(gu_rows, 0, keep_dims=True)

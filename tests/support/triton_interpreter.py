@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from triton.runtime import interpreter
 
+scan_elements = interpreter.ScanOps.generic_scan
+
 
 def scan_rows(self: interpreter.ScanOps, tensors: list[Any]) -> list[Any]:
     """`ScanOps.generic_scan` with one call of the combining function a step of the scanned axis."""
