@@ -125,7 +125,7 @@ def identity(config: TrainConfig, data: dict[str, Any]) -> dict[str, Any]:
     kept: dict[str, Any] = {"run.seed": config.run.seed, "run.label_drop": config.run.label_drop}
     for group in ("model", "diffusion"):
         kept |= {f"{group}.{key}": value for key, value in asdict(getattr(config, group)).items()}
-    kept["model.options"].pop("wkv_backend", None)  # who computes is not what is computed
+    kept["model.options"].pop("kernel_backend", None)  # who computes is not what is computed
     kept |= {f"data.{key}": value for key, value in data.items() if key != "seed"}
     return json.loads(json.dumps(kept))
 

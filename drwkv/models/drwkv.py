@@ -64,7 +64,7 @@ class DiffusionRWKV(nn.Module):
         skip: Skip = "concat",
         drop_path_rate: float = 0.1,  # of the deepest block, nearly; only `drop_path_rates` uses it
         hidden_rate: int = 4,  # width of the channel mix over hidden_size
-        wkv_backend: str | None = None,  # None: by device
+        kernel_backend: str | None = None,  # of shift_mix and bi_wkv; None: by device
     ) -> None:
         super().__init__()
         H, W = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
@@ -88,7 +88,7 @@ class DiffusionRWKV(nn.Module):
         self.input_size, self.in_channels, self.num_classes = (H, W), in_channels, num_classes
         self.patch_size, self.hidden_size, self.hidden_rate = patch_size, hidden_size, hidden_rate
         self.learn_variance, self.conditioning, self.skip = learn_variance, conditioning, skip
-        self.drop_path_rate, self.wkv_backend = drop_path_rate, wkv_backend
+        self.drop_path_rate, self.kernel_backend = drop_path_rate, kernel_backend
         self.out_channels = 2 * in_channels if learn_variance else in_channels
         self.grid = (H // patch_size, W // patch_size)
         half = depth // 2
@@ -97,7 +97,7 @@ class DiffusionRWKV(nn.Module):
         def block(index: int) -> Block:
             return Block(
                 hidden_size, first=index == 0, takes_skip=index > half, conditioning=conditioning, skip=skip,
-                hidden_rate=hidden_rate, wkv_backend=wkv_backend,
+                hidden_rate=hidden_rate, backend=kernel_backend,
             )  # fmt: skip
 
         self.patch_embed = PatchEmbed(patch_size, in_channels, hidden_size)

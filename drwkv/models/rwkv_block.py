@@ -1,7 +1,7 @@
 """The Bi-RWKV block of Diffusion-RWKV (arXiv 2404.04478): its two mixes and its conditioning.
 
-The model made of these blocks is in `drwkv.py`, the operator bi_wkv in `drwkv.kernels.wkv`. Shape suffixes as
-in `layers.py`, and K conditioning tokens.
+The model made of these blocks is in `drwkv.py`, the operators shift_mix (q_shift and the lerps) and bi_wkv in
+`drwkv.kernels`. Shape suffixes as in `layers.py`, and K conditioning tokens.
 
 Block. With c = time embedding + label embedding, a skip from the mirrored shallow block, and the residual
 branches f_1 = SpatialMix and f_2 = ChannelMix:
@@ -27,62 +27,32 @@ Conditioning (paper section 2.2):
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drwkv.kernels.wkv import bi_wkv
+from drwkv.kernels.shift_mix import shift_mix
+from drwkv.kernels.wkv import bi_wkv, bi_wkv_gated
 from drwkv.models.layers import Grid, modulate
 
 Conditioning = Literal["adaln-zero", "adaln", "in-context"]
 Skip = Literal["concat", "add", "none"]
 
 
-class _QShift(torch.autograd.Function):
-    """One allocation and a copy a quarter; the gradient is the same move in the opposite directions."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BhwD: Tensor, step: int) -> Tensor:
-        ctx.step = step
-        quarter = x_BhwD.shape[3] // 4
-        out = torch.zeros_like(x_BhwD, memory_format=torch.contiguous_format)
-        for i, (dim, sign) in enumerate(((2, step), (2, -step), (1, step), (1, -step))):
-            length = x_BhwD.shape[dim] - 1
-            channels = slice(i * quarter, (i + 1) * quarter)
-            source, target = (0, 1) if sign > 0 else (1, 0)
-            out.narrow(dim, target, length)[..., channels] = x_BhwD.narrow(dim, source, length)[..., channels]
-        out[..., 4 * quarter :] = x_BhwD[..., 4 * quarter :]
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _QShift.apply(grad, -ctx.step), None
-
-
-def q_shift(x_BTD: Tensor, grid: Grid) -> Tensor:
-    """Quad-directional shift: the four quarters of the channels move one token right, left, down and up.
-
-    Zeros enter at the border. A quarter is D // 4 channels; the D % 4 left over stay where they are
-    (Vision-RWKV, arXiv 2403.02308, section 3.2).
-    """
-    return _QShift.apply(x_BTD.unflatten(1, grid), 1).flatten(1, 2)
-
-
-def _neighbours(x_BTD: Tensor, grid: Grid, num_tokens: int) -> Tensor:
-    """q_shift of the image tokens; the leading `num_tokens` conditioning tokens are their own neighbours."""
-    if num_tokens == 0:
-        return q_shift(x_BTD, grid)
-    return torch.cat([x_BTD[:, :num_tokens], q_shift(x_BTD[:, num_tokens:], grid)], dim=1)
+def _matmul_dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer makes of x: written at once by the operator before it, no cast is needed."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class SpatialMix(nn.Module):
     """Tokens mix along the two raster directions: W_o (sigmoid(r) * bi_wkv(w / T, u / T, k, v))."""
 
-    def __init__(self, hidden_size: int, wkv_backend: str | None) -> None:
+    def __init__(self, hidden_size: int, backend: str | None) -> None:
         super().__init__()
-        self.wkv_backend = wkv_backend
+        self.backend = backend
         self.spatial_decay = nn.Parameter(torch.empty(hidden_size))
         self.spatial_first = nn.Parameter(torch.empty(hidden_size))
         self.spatial_mix_k = nn.Parameter(torch.empty(1, 1, hidden_size))
@@ -95,28 +65,29 @@ class SpatialMix(nn.Module):
 
     def forward(self, x_BTD: Tensor, grid: Grid, num_tokens: int = 0) -> Tensor:
         """x (B, T, D) on `grid` (h, w), its first `num_tokens` tokens conditions -> (B, T, D)."""
-        # Lerp each token with its neighbours: x mix + xx (1 - mix).
-        xx_BTD = _neighbours(x_BTD, grid, num_tokens)
-        delta_BTD = x_BTD - xx_BTD
-        r_BTD = self.receptance(torch.addcmul(xx_BTD, delta_BTD, self.spatial_mix_r))
-        k_BTD = self.key(torch.addcmul(xx_BTD, delta_BTD, self.spatial_mix_k))
-        v_BTD = self.value(torch.addcmul(xx_BTD, delta_BTD, self.spatial_mix_v))
+        mixes_MD = torch.cat([self.spatial_mix_r, self.spatial_mix_k, self.spatial_mix_v], dim=1)[0]
+        x_r_BTD, x_k_BTD, x_v_BTD = shift_mix(
+            x_BTD, mixes_MD, grid, num_tokens=num_tokens, out_dtype=_matmul_dtype(x_BTD), backend=self.backend
+        )
+        r_BTD, k_BTD, v_BTD = self.receptance(x_r_BTD), self.key(x_k_BTD), self.value(x_v_BTD)
 
-        # Conditioning tokens step aside for the operator.
-        z_BKD, k_BTD, v_BTD = v_BTD[:, :num_tokens], k_BTD[:, num_tokens:], v_BTD[:, num_tokens:]
         T = grid[0] * grid[1]
         decay, first = self.spatial_decay.float() / T, self.spatial_first.float() / T
-        wkv_BTD = bi_wkv(decay, first, k_BTD, v_BTD, backend=self.wkv_backend)
-        if num_tokens:
-            wkv_BTD = torch.cat([z_BKD, wkv_BTD + z_BKD.mean(dim=1, keepdim=True)], dim=1)
+        if not num_tokens:
+            return self.output(bi_wkv_gated(decay, first, k_BTD, v_BTD, r_BTD, backend=self.backend))
+        # Conditioning tokens step aside for the operator.
+        z_BKD, k_BTD, v_BTD = v_BTD[:, :num_tokens], k_BTD[:, num_tokens:], v_BTD[:, num_tokens:]
+        wkv_BTD = bi_wkv(decay, first, k_BTD, v_BTD, backend=self.backend)
+        wkv_BTD = torch.cat([z_BKD, wkv_BTD + z_BKD.mean(dim=1, keepdim=True)], dim=1)
         return self.output(torch.sigmoid(r_BTD) * wkv_BTD)
 
 
 class ChannelMix(nn.Module):
     """Channels mix in each token: sigmoid(W_r x_r) * W_v relu(W_k x_k)^2."""
 
-    def __init__(self, hidden_size: int, hidden_rate: int) -> None:
+    def __init__(self, hidden_size: int, hidden_rate: int, backend: str | None) -> None:
         super().__init__()
+        self.backend = backend
         self.spatial_mix_k = nn.Parameter(torch.empty(1, 1, hidden_size))
         self.spatial_mix_r = nn.Parameter(torch.empty(1, 1, hidden_size))
         self.key = nn.Linear(hidden_size, hidden_rate * hidden_size, bias=False)
@@ -124,11 +95,12 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(hidden_rate * hidden_size, hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor, grid: Grid, num_tokens: int = 0) -> Tensor:
-        xx_BTD = _neighbours(x_BTD, grid, num_tokens)
-        delta_BTD = x_BTD - xx_BTD
-        k = self.key(torch.addcmul(xx_BTD, delta_BTD, self.spatial_mix_k))
-        r_BTD = self.receptance(torch.addcmul(xx_BTD, delta_BTD, self.spatial_mix_r))
-        return torch.sigmoid(r_BTD) * self.value(F.relu(k).square())
+        mixes_MD = torch.cat([self.spatial_mix_k, self.spatial_mix_r], dim=1)[0]
+        x_k_BTD, x_r_BTD = shift_mix(
+            x_BTD, mixes_MD, grid, num_tokens=num_tokens, out_dtype=_matmul_dtype(x_BTD), backend=self.backend
+        )
+        value_BTD = self.value(F.relu(self.key(x_k_BTD)).square())
+        return torch.sigmoid(self.receptance(x_r_BTD)) * value_BTD
 
 
 class Block(nn.Module):
@@ -143,7 +115,7 @@ class Block(nn.Module):
         conditioning: Conditioning,
         skip: Skip,
         hidden_rate: int,
-        wkv_backend: str | None,
+        backend: str | None,
     ) -> None:
         super().__init__()
         self.conditioning = conditioning
@@ -151,8 +123,8 @@ class Block(nn.Module):
         self.ln0 = nn.LayerNorm(hidden_size) if first else None
         self.ln1 = nn.LayerNorm(hidden_size)
         self.ln2 = nn.LayerNorm(hidden_size)
-        self.att = SpatialMix(hidden_size, wkv_backend)
-        self.ffn = ChannelMix(hidden_size, hidden_rate)
+        self.att = SpatialMix(hidden_size, backend)
+        self.ffn = ChannelMix(hidden_size, hidden_rate, backend)
         if conditioning != "in-context":
             width = (6 if conditioning == "adaln-zero" else 4) * hidden_size
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, width))

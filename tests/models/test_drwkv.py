@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from drwkv.models import create
 from drwkv.models.layers import PatchEmbed, resize_positions, unpatchify
-from drwkv.models.rwkv_block import q_shift
 
 
 def tiny(**overrides: Any) -> Any:
@@ -40,28 +39,6 @@ def inputs(model: Any, batch: int = 3, size: tuple[int, int] | None = None) -> t
 
 def relative_rms(a: Tensor, b: Tensor) -> float:
     return float((a - b).detach().norm() / b.detach().norm())
-
-
-def q_shift_by_loops(x_BTD: Tensor, h: int, w: int) -> Tensor:
-    """The definition, token by token: quarter 0 comes from the left, 1 the right, 2 above, 3 below."""
-    B, _, D = x_BTD.shape
-    x, out = x_BTD.view(B, h, w, D), torch.zeros(B, h, w, D, dtype=x_BTD.dtype)
-    for channel in range(D):
-        quarter = channel // (D // 4) if channel < D // 4 * 4 else 4
-        down, right = {0: (0, -1), 1: (0, 1), 2: (-1, 0), 3: (1, 0), 4: (0, 0)}[quarter]
-        for i in range(h):
-            for j in range(w):
-                if 0 <= i + down < h and 0 <= j + right < w:
-                    out[:, i, j, channel] = x[:, i + down, j + right, channel]
-    return out.view(B, h * w, D)
-
-
-@pytest.mark.parametrize(("h", "w", "D"), [(3, 4, 8), (4, 3, 11), (1, 5, 4), (1, 1, 6)])
-def test_q_shift_moves_each_quarter_one_token_and_leaves_the_rest(h: int, w: int, D: int) -> None:
-    x = torch.randn(2, h * w, D, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(q_shift(x, (h, w)), q_shift_by_loops(x.detach(), h, w), rtol=0, atol=0)
-    torch.autograd.gradcheck(lambda x: q_shift(x, (h, w)), (x,))
-    torch.autograd.gradgradcheck(lambda x: q_shift(x, (h, w)), (x,))
 
 
 @pytest.mark.parametrize("skip", ["concat", "add", "none"])
