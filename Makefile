@@ -2,6 +2,7 @@
 
 PYTHON ?= $(or $(shell command -v python3.11 2> /dev/null),python3)
 FOLDER ?= demo
+DEVICE ?= cpu
 VENV := .venv
 PY := $(VENV)/bin/python
 TORCHRUN := $(VENV)/bin/torchrun --standalone --nproc-per-node 2
@@ -28,8 +29,10 @@ check: venv ## lint, format and types, changing nothing
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-bench: venv ## speed of the operators on this machine, with ratios
-	$(PY) -m drwkv.kernels.bench
+bench: venv ## registers of the kernels, launches of a block, speed of the operators; DEVICE=cuda on a GPU
+	$(PY) -m drwkv.kernels.resources
+	$(PY) -m drwkv.models.bench_block --device $(DEVICE) --threads 1
+	$(PY) -m drwkv.kernels.bench --device $(DEVICE) --threads 1
 
 proof: venv ## the long tests, marked `proof`, that `make test` leaves out
 	$(PY) -m pytest -q --durations=10 -m proof

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,14 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # the state is f
 
 _log = logging.getLogger("drwkv.kernels")
 _logged: set[tuple[str, str, str, bool]] = set()
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., object])
+
+
+def _constant_to_compile(function: FunctionT) -> FunctionT:
+    """torch.compiler.assume_constant_result, without the second that importing the compiler takes."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def choose(operator: str, asked: str | None, x: Tensor, known: Collection[str]) -> str:
@@ -51,7 +60,7 @@ def interpreting() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-@torch.compiler.assume_constant_result
+@_constant_to_compile
 def _triton_fault(device_type: str, device_index: int | None, dtype: torch.dtype) -> str:
     """Why Triton cannot run a tensor of this device and dtype; empty if it can."""
     if not HAS_TRITON:
@@ -68,7 +77,7 @@ def _triton_fault(device_type: str, device_index: int | None, dtype: torch.dtype
     return ""
 
 
-@torch.compiler.assume_constant_result
+@_constant_to_compile
 def _log_once(operator: str, backend: str, device_type: str, lost: str) -> bool:
     """Say which backend was chosen, once a process; `lost`, why Triton could not be it, makes that a warning.
 

@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, D channels.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import sys
 from collections import Counter
@@ -75,17 +76,22 @@ def training_step(function: Callable[..., Tensor], block: nn.Module, inputs: Seq
     torch.autograd.grad(y, wanted, y)
 
 
+def compiled_block(block: nn.Module) -> Callable[..., Tensor]:
+    """The block under torch.compile, one graph, with what was compiled before forgotten."""
+    torch._dynamo.reset()
+    function: Callable[..., Tensor] = torch.compile(block, fullgraph=True)
+    return function
+
+
 def rows(size: Size, device: torch.device) -> list[list[str]]:
     """The table's two rows of one block."""
     block, inputs = make(size, device)
     eager, compiled = count_eager(block, inputs), count_compiled(block, inputs)
 
-    torch._dynamo.reset()
-    function = torch.compile(block, fullgraph=True)
-    ms = [
-        time_ms(lambda run=run: training_step(run, block, inputs), device, BUDGET_SEC)  # type: ignore[misc]
-        for run in (block, function)
-    ]
+    ms = []
+    for run in (block, compiled_block(block)):
+        training_step(run, block, inputs)  # compiles
+        ms.append(time_ms(functools.partial(training_step, run, block, inputs), device, BUDGET_SEC))
     return [
         [str(size), "forward", *_cells(eager.forward, compiled.forward), "", ""],
         ["", "backward", *_cells(eager.backward, compiled.backward), *(f"{x:.1f}" for x in ms)],
@@ -107,8 +113,7 @@ def profile(size: Size, device: torch.device) -> str:
     from torch.profiler import profile as record
 
     block, inputs = make(size, device)
-    torch._dynamo.reset()
-    function = torch.compile(block, fullgraph=True)
+    function = compiled_block(block)
     num_steps = 10
     for _ in range(3):
         training_step(function, block, inputs)
@@ -138,13 +143,16 @@ def group_times(events: Iterable[Any]) -> tuple[Counter[str], Counter[str]]:
         launches[group] += count
 
     for event in events:
+        if event.is_user_annotation:
+            continue  # a span of others
         if event.device_type == torch.autograd.DeviceType.CUDA:
             add(group_of(event.name), event.time_range.elapsed_us())
         elif (operator := _our_operator(event)) is not None:
             for kernel in event.kernels:  # is also an event of the device by itself
                 add(group_of(kernel.name), -kernel.duration, -1)
                 add(operator, kernel.duration)
-    return +microseconds, +launches
+    groups = {group: us for group, us in microseconds.items() if launches[group]}
+    return Counter(groups), +launches
 
 
 def _our_operator(event: Any) -> str | None:
@@ -175,7 +183,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--markdown", type=Path, help="put the tables into this page, in place of this machine's"
     )
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
     given = parser.parse_args(arguments)
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
     device = torch.device(given.device)
     on_gpu = device.type == "cuda"
     sizes = [

@@ -1,12 +1,13 @@
 """What a function launches and moves, eagerly and compiled: `count_eager`, `count_compiled`.
 
 Bytes are those of the tensors that a kernel reads and writes, each once, views none: what goes through memory when
-nothing stays in a cache. Compiled counts are those of Inductor's schedule, one group of fused loops being one kernel,
-as on a GPU (its CPU backend may put neighbouring groups into one function). Who prints them is `bench_block.py`.
+nothing stays in a cache. Compiled bytes come from Inductor's schedule, compiled kernels are the calls in its code; one
+of our operators counts as one, whatever it launches. Who prints them is `bench_block.py`.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ from torch.utils._pytree import tree_leaves
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_linear_pointwise", "_mkl_linear")
 MOVES_NOTHING = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach")
 OURS = "drwkv."  # namespace of our operators
+FUSED = "fused"  # for loops that Inductor made
+_GENERATED_CALL = re.compile(r"^\s+(?:\w+ = )?(?:triton|cpp|cpu)_\w+(?:\.run)?\(", re.MULTILINE)
 
 
 @dataclass
@@ -30,10 +33,10 @@ class Moved:
     kernels: Counter[str] = field(default_factory=Counter)
     num_bytes: Counter[str] = field(default_factory=Counter)
 
-    def add(self, name: str, num_bytes: int) -> None:
-        """Count one kernel of an operator called `name`, such as "mm" or "drwkv.bi_wkv"."""
+    def add(self, name: str, num_bytes: int, num_kernels: int = 1) -> None:
+        """Count kernels of an operator called `name`, such as "mm" or "drwkv.bi_wkv"."""
         kind = "operator" if name.startswith(OURS) else "matmul" if name in MATMULS else "rest"
-        self.kernels[kind] += 1
+        self.kernels[kind] += num_kernels
         self.num_bytes[kind] += num_bytes
 
 
@@ -94,31 +97,44 @@ def count_compiled(function: Callable[..., Tensor], inputs: Sequence[Any]) -> Co
     Raises RuntimeError if the function does not become one forward and one backward.
     """
     from torch._inductor import config
+    from torch._inductor.utils import run_and_get_code
     from torch._inductor.virtualized import V
 
-    counts, graphs = Counts(), list[bool]()
+    counts, graphs = Counts(), list[Moved]()
 
     def look(nodes: list[Any]) -> list[Any]:
-        graphs.append(bool(V.graph.is_backward))
         moved = counts.backward if V.graph.is_backward else counts.forward
+        graphs.append(moved)
         for node in nodes:
             if (name := _scheduled_name(node)) is not None:
-                moved.add(name, node.get_read_write_buffers_sizes())
+                moved.add(name, node.get_read_write_buffers_sizes(), num_kernels=name != FUSED)
         return nodes
 
-    torch._dynamo.reset()
-    options = {"force_disable_caches": True, "compile_threads": 1, "_post_fusion_custom_pass": look}
-    with config.patch(options), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
+    def run() -> None:
         y = torch.compile(function, fullgraph=True)(*inputs)
         y.backward(torch.ones_like(y))
-    if sorted(graphs) != [False, True]:
-        raise RuntimeError(f"expected one forward and one backward graph; backward or not: {graphs}")
+
+    torch._dynamo.reset()
+    options = {
+        "force_disable_caches": True,
+        "compile_threads": 1,
+        "cpp.vec_isa_ok": False,  # scalar code on a CPU: fused alike, and no compiler runs to try instructions
+        "_post_fusion_custom_pass": look,
+    }
+    with config.patch(options), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
+        _, codes = run_and_get_code(run)
+    if len(graphs) != 2 or len(codes) != 2 or graphs[0] is graphs[1]:
+        raise RuntimeError(
+            f"expected one forward and one backward graph, not {len(graphs)} in {len(codes)} files"
+        )
+    for moved, code in zip(graphs, codes, strict=True):
+        moved.add(FUSED, 0, num_kernels=len(_GENERATED_CALL.findall(code.partition("def call(")[2])))
     return counts
 
 
 def _scheduled_name(node: Any) -> str | None:
-    """An operator's name for a node that calls one, "fused" for loops of Inductor's own, None for what does nothing."""
+    """An operator's name for a node that calls one, FUSED for loops of Inductor's own, None for what does nothing."""
     from torch._inductor import ir
     from torch._inductor.scheduler import NopKernelSchedulerNode
 
@@ -127,7 +143,7 @@ def _scheduled_name(node: Any) -> str | None:
     if node.is_template():
         return "mm"
     if not node.is_extern():
-        return "fused"
+        return FUSED
     if (overload := getattr(node.node, "op_overload", None)) is not None:
         return str(overload.overloadpacket).removeprefix("aten.")
     return str(node.node.get_kernel_name()).rpartition(".")[2]

@@ -153,6 +153,14 @@ def test_two_runs_give_the_same_bits() -> None:
     assert all(torch.equal(first_run[name], second_run[name]) for name in NAMES[:-1])
 
 
+def test_training_after_inference_mode_in_one_thread_is_possible() -> None:
+    inputs = make_inputs((2, 70, 3))
+    exact = results(inputs)
+    with torch.inference_mode():
+        bi_wkv(*inputs)
+    assert all(torch.equal(x, exact[name]) for name, x in results(inputs).items())
+
+
 def test_a_sample_does_not_depend_on_its_batch() -> None:
     inputs = make_inputs((5, 1100, 96))
     whole = bi_wkv(*inputs)
