@@ -31,7 +31,7 @@ from typing import Any
 
 from drwkv.kernels import backends
 
-OPERATORS = {"bi_wkv": "drwkv.kernels.wkv.triton", "shift_mix": "drwkv.kernels.shift_mix.triton"}
+OPERATORS = {"bi_wkv": "drwkv.kernels.wkv.triton_compilations", "shift_mix": "drwkv.kernels.shift_mix.triton"}
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
 """The `triton` backend of Bi-WKV: custom operators, launches, and what the launches may be.
 
-Here: registration (fake tensors, autograd, FLOP count), buffers, grids, the choice of the launch configuration, and
-the list of compilations for `drwkv.kernels.resources`. The kernels are in `triton_forward.py` and
-`triton_backward.py`, the derivation is in `README.md`.
+Here: registration (fake tensors, autograd, FLOP count), buffers, grids, and the choice of the launch configuration. The
+kernels are in `triton_forward.py` and `triton_backward.py`, what of them is compiled without a GPU in
+`triton_compilations.py`; the derivation is in `README.md`.
 Shapes: B batch, T tokens, C channels, S tiles, P parts of the decays' gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from drwkv.kernels import autotune
-from drwkv.kernels.resources import Compilation
 from drwkv.kernels.wkv import triton_backward, triton_forward
 from drwkv.kernels.wkv.torch import BACKWARD_FLOPS, FORWARD_FLOPS
 
@@ -55,10 +54,11 @@ class Config:
         return {"N": self.N, "R": self.R, "BC": self.BC}
 
 
-SHORT = 32  # tokens of which one small tile holds all
-FORWARD_SHORT, BACKWARD_SHORT = (Config(4, 8, 32, 2),), (Config(4, 8, 16, 2),)
-FORWARD = (Config(16, 8, 32, 4), Config(32, 8, 16, 8))  # the first is the default
+SHORT = 32  # tokens of which a small tile holds all
+SMALL = (Config(4, 8, 16, 2),)
+FORWARD = (Config(16, 8, 32, 4), Config(16, 8, 16, 8))  # the first is the default
 BACKWARD = (Config(16, 8, 16, 8), Config(8, 8, 32, 8))
+ODD = (Config(16, 8, 16, 8),)  # for strides that allow no vector loads, whose addresses take registers
 
 
 def bi_wkv_triton(decay: Tensor, first: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def _forward(decay: Tensor, first: Tensor, k: Tensor, v: Tensor, r: Tensor | Non
         )  # fmt: skip
 
     with _device_of(k):
-        config = _choose("bi_wkv_forward", FORWARD_SHORT if T <= SHORT else FORWARD, launch, k, v, r)
+        config = _choose("bi_wkv_forward", FORWARD, launch, [k, v, r_or_k])
         launch(config)
         steps, grid = _carried_cut(k)
         triton_forward.forward_carried_kernel[grid](
@@ -186,7 +186,7 @@ def _backward(
         return parts
 
     with _device_of(k):
-        config = _choose("bi_wkv_backward", BACKWARD_SHORT if T <= SHORT else BACKWARD, launch, k, v, r)
+        config = _choose("bi_wkv_backward", BACKWARD, launch, [k, v, r_or_k, gy])
         parts = launch(config)
         steps, grid = _carried_cut(k)
         triton_backward.backward_carried_kernel[grid](
@@ -243,20 +243,25 @@ def _device_of(x: Tensor) -> AbstractContextManager[object]:
 
 def _choose(
     kernel: str,
-    candidates: tuple[Config, ...],
+    usual: tuple[Config, ...],
     launch: Callable[[Config], object],
-    k: Tensor,
-    v: Tensor,
-    r: Tensor | None,
+    tensors: list[Tensor],
 ) -> Config:
     """The configuration for these sizes; batches of up to twice the size share one."""
-    B, T, C = k.shape
-    key = (B.bit_length(), T, C, str(k.dtype), str(v.dtype), str(r.dtype) if r is not None else "")
+    B, T, C = tensors[0].shape
+    candidates = SMALL if T <= SHORT else usual if all(map(_allows_vectors, tensors)) else ODD
+    key = (B.bit_length(), T, C, *(str(x.dtype) for x in tensors))
 
     def time_ms(config: Config) -> float:
         return autotune.launch_ms(lambda: launch(config))
 
-    return autotune.choose(kernel, key, candidates, k.device, time_ms)
+    return autotune.choose(kernel, key, candidates, tensors[0].device, time_ms)
+
+
+def _allows_vectors(x: Tensor) -> bool:
+    """Whether Triton knows that rows of 16 channels lie together and begin at whole vectors."""
+    B, T, C = x.stride()
+    return C == 1 and not any(number % 16 for number in (B, T, x.shape[2], x.data_ptr()))
 
 
 def _fake_forward(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -318,62 +323,3 @@ def _backward_flops(
     gy: Any, centre: Any, decay: Any, first: Any, k: Any, v: Any, r: Any = None, **_: Any
 ) -> int:
     return (BACKWARD_FLOPS + (2 * GATE_FLOPS if r else 0)) * k[0] * k[1] * k[2]
-
-
-_FLOAT32 = ("p_w", "p_u", "p_centre", "p_sums", "p_grad_sums", "p_gw", "p_gu", "p_states")
-
-
-def compilations() -> Iterator[Compilation]:
-    """Every kernel in every configuration, gated (the heavier form).
-
-    In bfloat16 with tiles that divide the sequence, in float32 with tiles that do not, and cut along the sequence.
-    """
-    for config in (*FORWARD_SHORT, *FORWARD):
-        for dtype, whole, even in (("bf16", True, True), ("fp32", True, False), ("bf16", False, True)):
-            if whole or config not in FORWARD_SHORT:
-                flags = {"GATED": True, "WHOLE": whole, "ROWS": WHOLE_ROWS, "EVEN": even}
-                yield _compilation(triton_forward.forward_kernel, dtype, config, flags)
-    for config in (*BACKWARD_SHORT, *BACKWARD):
-        variants = [("bf16", True, True, True, True), ("fp32", True, True, True, False)]
-        if config not in BACKWARD_SHORT:
-            variants += [("bf16", False, True, False, True), ("bf16", False, False, True, True)]
-        for dtype, whole, readers, gradients, even in variants:
-            flags = {"GATED": True, "WHOLE": whole, "READERS": readers, "GRADIENTS": gradients}
-            flags |= {"ROWS": WHOLE_ROWS, "EVEN": even}
-            yield _compilation(triton_backward.backward_kernel, dtype, config, flags)
-    for config in dict.fromkeys((*FORWARD, *BACKWARD)):
-        flags = {"CENTRED": True, "EVEN": False}
-        yield _compilation(triton_forward.sums_kernel, "fp32", config, flags)
-    for has_maximum in (True, False):
-        exchange = {"HAS_MAXIMUM": has_maximum, "LENGTH": FORWARD[0].tile, **EXCHANGE}
-        yield _compilation(triton_forward.exchange_kernel, "fp32", EXCHANGE_WARPS, exchange)
-    for dtype in ("bf16", "fp32"):
-        for kernel in (triton_forward.forward_carried_kernel, triton_backward.backward_carried_kernel):
-            yield _compilation(kernel, dtype, CARRIED_WARPS, {"GATED": True, **CARRIED_TILE})
-
-
-def _compilation(kernel: Any, dtype: str, config: Config | int, flags: dict[str, Any]) -> Compilation:
-    names = list(kernel.arg_names)
-    constants = dict(flags)
-    name = ""
-    if isinstance(config, Config):
-        constants |= config.constants
-        name = f" {config.N}x{config.R}x{config.BC}"
-    constants |= {n: 1 for n in names if n.startswith("stride_") and n.endswith("c")}
-    signature = {}
-    for n in names:
-        if n not in constants and n.startswith("p_"):
-            signature[n] = "*fp64" if n == "p_scale" else "*fp32" if n in _FLOAT32 else f"*{dtype}"
-        elif n not in constants:
-            signature[n] = "i32"
-    wide = [n for n in signature if n.startswith(("p_", "stride_")) or n in ("C", "plane")]
-    told = " ".join(key.lower() for key, value in flags.items() if value is True)
-    return Compilation(
-        operator="bi_wkv",
-        name=f"{kernel.__name__.removesuffix('_kernel')}{name} {dtype} {told}".strip(),
-        kernel=kernel,
-        signature=signature,
-        constexprs=constants,
-        num_warps=config.num_warps if isinstance(config, Config) else config,
-        divisible_by_16=wide,
-    )
