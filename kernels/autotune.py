@@ -31,6 +31,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 MAX_CANDIDATES = 12
+CYCLES_A_SEC = 2e9  # of a GPU, at the most
 
 ConfigT = TypeVar("ConfigT")
 
@@ -73,9 +74,18 @@ def choose(
 
 
 def launch_ms(launch: Callable[[], object], *, warm_ups: int = 3, launches: int = 10) -> float:
-    """Median milliseconds of `launch`, which starts work on the current CUDA stream; waits for that stream."""
+    """Median milliseconds of `launch`, which starts work on the current CUDA stream; waits for that stream.
+
+    The GPU is kept busy until all launches are queued, so that it is not the host's time that is measured.
+    """
     for _ in range(warm_ups):
         launch()
+    torch.cuda.current_stream().synchronize()
+    begun = time.perf_counter()
+    launch()
+    host_sec = time.perf_counter() - begun
+    torch.cuda.current_stream().synchronize()
+    torch.cuda._sleep(int(2 * (launches + 1) * host_sec * CYCLES_A_SEC))
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(launches + 1)]
     marks[0].record()
     for mark in marks[1:]:

@@ -17,6 +17,7 @@ if backends.HAS_TRITON:
     from drwkv.kernels.wkv.triton import bi_wkv_gated_triton, bi_wkv_triton
 
 BACKENDS = ("reference", "torch", "triton")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def bi_wkv(decay: Tensor, first: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) -> Tensor:
@@ -27,9 +28,10 @@ def bi_wkv(decay: Tensor, first: Tensor, k: Tensor, v: Tensor, *, backend: str |
 
     decay, first: (C,), per token (already divided by T), of either sign, safe up to 1e6 in size.
     k, v: (B, T, C), any T >= 1 and C >= 1, in any strides; B may be 0. Returns (B, T, C) in v's dtype.
-    Dtypes: floating point, and they may differ (float32 decay beside bfloat16 k and v); the state is float32,
-    or float64 when k or v is. Gradients flow to all four and have their input's dtype.
-    A NaN or +inf in k makes its (batch, channel) NaN; a token whose k is -inf weighs nothing.
+    Dtypes: floating point of 16 to 64 bits, and they may differ (float32 decay beside bfloat16 k and v); the state
+    is float32, or float64 when k or v is. Gradients flow to all four and have their input's dtype.
+    A NaN or +inf in k makes its (batch, channel) NaN; a token whose k is -inf weighs nothing. Finite k are safe up
+    to 1e38 in size. Differentiable once, backward only.
     backend: "triton", "torch" or "reference" (O(T^2)); None: triton on a GPU that can, torch elsewhere.
     Raises ValueError for shapes, dtypes or devices that do not fit, for an unknown backend, and for one that
     cannot run here.
@@ -58,7 +60,7 @@ def bi_wkv_gated(
     >>> y = bi_wkv_gated(decay / T, first / T, k, v, r)
     """
     _check("bi_wkv_gated", decay, first, k, v, r)
-    match _choose("bi_wkv_gated", backend, k, v):
+    match _choose("bi_wkv_gated", backend, k, v, r):
         case "triton":
             return bi_wkv_gated_triton(decay, first, k, v, r)
         case "torch":
@@ -68,8 +70,11 @@ def bi_wkv_gated(
     return torch.sigmoid(r).to(y.dtype) * y
 
 
-def _choose(operator: str, backend: str | None, k: Tensor, v: Tensor) -> str:
-    return backends.choose(operator, backend, v if v.dtype == torch.float64 else k, BACKENDS)
+def _choose(operator: str, backend: str | None, *tensors: Tensor) -> str:
+    widest = tensors[0]
+    for x in tensors:  # as torch.compile can follow
+        widest = x if x.dtype == torch.float64 else widest
+    return backends.choose(operator, backend, widest, BACKENDS)
 
 
 def _check(
@@ -91,8 +96,8 @@ def _check(
                 f"got {tuple(named[name].shape)}"
             )
     for name, x in named.items():
-        if not x.is_floating_point():
-            raise ValueError(f"{operator}: {name} must be floating point; got {x.dtype}")
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{operator}: {name} must be floating point of 16, 32 or 64 bits; got {x.dtype}")
         if x.device != k.device:
             raise ValueError(
                 f"{operator}: {name} is on {x.device} but k is on {k.device}; move them together"

@@ -13,10 +13,13 @@ others alone. Launching is in `triton.py`, the backward in `triton_backward.py`.
 import triton
 import triton.language as tl
 
+from drwkv.kernels.wkv import one_maximum
 from drwkv.kernels.wkv import triton_carried_maximum as carried
 from drwkv.kernels.wkv import triton_one_maximum as one
 
-REACH = tl.constexpr(25.0)  # of one maximum: |w| span + |u|, span the tokens of the sequence or of a tile
+REACH = tl.constexpr(
+    one_maximum.REACH
+)  # of one maximum: |w| span + |u|, span the tokens of the sequence or of a tile
 
 
 @triton.jit
@@ -41,7 +44,7 @@ def decays(p_w, p_u, o_c, m_c, span, NEAR: tl.constexpr):
     """w and u (1, BC) in float32, and the mask of the channels that one maximum holds (NEAR) or does not hold."""
     w = tl.load(p_w + o_c, mask=m_c, other=0.0).to(tl.float32)
     u = tl.load(p_u + o_c, mask=m_c, other=0.0).to(tl.float32)
-    near = tl.abs(w) * span + tl.abs(u) <= REACH
+    near = tl.abs(w) * span <= REACH - tl.abs(u)  # no multiply-add: every kernel must decide alike
     if NEAR:
         w, u, m = tl.where(near, w, 0.0), tl.where(near, u, 0.0), m_c & near
     else:

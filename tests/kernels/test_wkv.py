@@ -137,13 +137,13 @@ def test_strides_of_the_inputs_do_not_matter() -> None:
     for decay_times_T in (1, 40):
         plain = [decay * decay_times_T, first, k, v]
         plain = [x.detach().requires_grad_() for x in plain]
-        strided = [plain[0].detach().repeat_interleave(2)[::2], plain[1].detach().expand(6)]
+        strided = [x.detach().repeat_interleave(2)[::2] for x in plain[:2]]
         strided += [
             k.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0),
-            v.detach().flip(1).clone().flip(1),
+            v.detach().repeat(1, 1, 3)[..., 6:12],
         ]
         strided = [x.requires_grad_() for x in strided]
-        assert not strided[2].is_contiguous()
+        assert not any(x.is_contiguous() for x in strided)
         assert_close(results(strided), results(plain), 1e-6)
 
 
@@ -279,7 +279,11 @@ def test_memory_is_linear_in_tokens(decay_times_T: str) -> None:
         ({"k": torch.zeros(2, 5, 0), "v": torch.zeros(2, 5, 0)}, "at least one .* channel; got k .2, 5, 0."),
         ({"decay": torch.zeros(4)}, "decay must be .C,. = .3,. to fit k .2, 5, 3.; got .4,."),
         ({"first": torch.zeros(1, 3)}, "first must be .* got .1, 3."),
-        ({"v": torch.zeros(2, 5, 3, dtype=torch.int64)}, "v must be floating point; got torch.int64"),
+        ({"v": torch.zeros(2, 5, 3, dtype=torch.int64)}, "v must be floating point .* got torch.int64"),
+        (
+            {"k": torch.zeros(2, 5, 3, dtype=torch.float8_e5m2)},
+            "k must be floating point .* got torch.float8_e5m2",
+        ),
         ({"first": torch.zeros(3, device="meta")}, "first is on meta but k is on cpu"),
         ({"backend": "cuda"}, "unknown backend 'cuda'; known are 'reference', 'torch', 'triton'"),
     ],

@@ -93,6 +93,44 @@ def test_tiles_of_one_sequence_meet(cut: str, decay_times_T: str, num_tokens: in
     assert_close(results(inputs), expected(inputs), 1e-5)
 
 
+@pytest.mark.parametrize("config", dict.fromkeys((*backend.FORWARD, *backend.BACKWARD, *backend.ODD)))
+def test_every_launch_configuration_computes_the_same(
+    cut: str, config: backend.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FORWARD", "BACKWARD"):
+        monkeypatch.setattr(backend, name, (config,))
+    inputs = make_inputs((1, 2 * config.tile, 32), gated=True)  # whole tiles
+    assert_close(results(inputs), expected(inputs), 1e-5)
+
+
+@pytest.mark.parametrize("decay_times_T", ["positive, zero, negative", "near and far"])
+def test_whole_tiles_of_short_sequences_equal_the_equation(decay_times_T: str) -> None:
+    inputs = make_inputs((1, backend.SHORT, 32), decay_times_T=decay_times_T, gated=True)
+    actual, exact = results(inputs), expected(inputs)
+    assert_close(actual, exact, 1e-5, MOST_NAMES)
+    assert_close(actual, exact, 2e-4)
+
+
+@pytest.mark.parametrize("decay_times_T", ["positive", "negative"])
+def test_tiles_are_exchanged_a_few_at_a_time(
+    cut: str, decay_times_T: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "WHOLE_ROWS", 2)
+    monkeypatch.setattr(backend, "EXCHANGE", backend.EXCHANGE | {"ROWS": 2})
+    inputs = make_inputs((1, 600, 3), decay_times_T=decay_times_T)
+    assert_close(results(inputs), expected(inputs), 1e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [33, 129])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_largest_decays_of_one_maximum_are_right(num_tokens: int, sign: int) -> None:
+    decay, first, k, v = (x.detach() for x in make_inputs((1, num_tokens, 3)))
+    decay = torch.full_like(decay, sign * 24.9 / max(num_tokens, backend.ODD[0].tile))
+    inputs = [x.requires_grad_() for x in (decay, 0 * first, k, v)]
+    actual, exact = results(inputs), expected(inputs)
+    assert_close(actual, exact, 1e-5)
+
+
 @pytest.mark.parametrize("num_tokens", [2, 15, 40])
 @pytest.mark.parametrize("decay_times_T", ["far", "near and far"])
 def test_decays_of_any_size_equal_the_equation(decay_times_T: str, num_tokens: int) -> None:
@@ -150,12 +188,13 @@ def test_half_precision_keeps_its_dtypes_and_a_float32_state(dtype: torch.dtype,
 
 @pytest.mark.parametrize("decay_times_T", ["mixed signs", "near and far"])
 def test_strides_of_the_inputs_do_not_matter(decay_times_T: str) -> None:
-    plain = make_inputs((2, 40, 6), decay_times_T=decay_times_T, gated=True)
+    plain = make_inputs((2, 18, 6), decay_times_T=decay_times_T, gated=True)
     decay, first, k, v, r = (x.detach() for x in plain)
-    strided = [decay.repeat_interleave(2)[::2], first.flip(0).clone().flip(0)]
+    strided = [x.repeat_interleave(2)[::2] for x in (decay, first)]
     strided += [k.permute(2, 0, 1).contiguous().permute(1, 2, 0), v.repeat(1, 1, 3)[..., 6:12]]
     strided += [r.repeat_interleave(3, dim=1)[:, ::3]]
     strided = [x.requires_grad_() for x in strided]
+    assert not any(x.is_contiguous() for x in strided)
     exact, actual = results(plain), results(strided)
     assert all(torch.equal(actual[name], exact[name]) for name in NAMES)
 
@@ -192,7 +231,7 @@ def _mapped(numel: int) -> Tensor:
 
 
 def test_two_runs_give_the_same_bits(cut: str) -> None:
-    inputs = make_inputs((2, 150, 17), gated=True)
+    inputs = make_inputs((1, 150, 17), gated=True)
     first_run, second_run = results(inputs), results(inputs)
     assert all(torch.equal(first_run[name], second_run[name]) for name in NAMES)
 
@@ -246,7 +285,7 @@ def test_an_empty_batch_gives_an_empty_output_and_zero_gradients() -> None:
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_operators_are_registered_rightly(gated: bool) -> None:
-    inputs = make_inputs((2, 20, 5), gated=gated)
+    inputs = make_inputs((1, 6, 3), gated=gated)
     forward, backward = (
         (backend._bi_wkv_gated, backend._bi_wkv_gated_backward)
         if gated

@@ -78,12 +78,28 @@ def test_every_backend_gives_the_same_numbers(conditioning: Conditioning, num_to
         assert_close(gradients(make_block(backend, conditioning), num_tokens=num_tokens), exact, 1e-5)
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_block_compiles_as_one_graph(backend: str) -> None:
+def test_a_block_compiles_as_one_graph(backend: str, compiler: str) -> None:
     torch.compiler.reset()
     block = make_block(backend)
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    assert_close(gradients(block, compiled), gradients(block), 1e-6)
+    compiled = torch.compile(block, fullgraph=True, backend=compiler)
+    assert_close(gradients(block, compiled), gradients(block), 1e-5)
+
+
+def test_shapes_are_told_on_the_meta_device() -> None:
+    block = make_block(None).to("meta")
+    x, c, skip = (x.to("meta") for x in make_inputs())
+    assert block(x, c, GRID, skip).shape == x.shape
+
+
+def test_autocast_leaves_a_float64_block_alone() -> None:
+    block = make_block(None).double()
+    x, c, skip = (x.double() for x in make_inputs())
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        inside = block(x, c, GRID, skip)
+    assert inside.dtype == torch.float64
+    assert torch.equal(inside, block(x, c, GRID, skip))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
