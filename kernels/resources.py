@@ -1,6 +1,6 @@
 """What every Triton kernel takes of the chip, compiled without a GPU: registers, spills, shared memory, SASS.
 
-    python -m drwkv.kernels.resources [--capability 80 90] [--operator bi_wkv] [--instructions] [--json FILE]
+    python -m drwkv.kernels.resources [--capability 80 90] [--operator bi_wkv] [--heaviest] [--instructions]
 
 compiles every kernel, dtype and configuration that `autotune.py` may choose, and prints a table. It exits 1
 when one spills registers or wants more shared memory than a thread block may have. What there is to compile is
@@ -84,6 +84,7 @@ class Compilation:
     options: Mapping[str, object] = field(
         default_factory=dict
     )  # other options of the launch, such as maxnreg
+    is_lighter: bool = False  # another form of the same kernel and configuration is listed, a heavier one
 
 
 @dataclass(frozen=True)
@@ -225,13 +226,22 @@ def listed(operator: str) -> Sequence[Compilation]:
 
 
 def table(
-    operators: Sequence[str], capabilities: Sequence[int], *, instructions: bool, jobs: int
+    operators: Sequence[str],
+    capabilities: Sequence[int],
+    *,
+    instructions: bool,
+    jobs: int,
+    heaviest: bool = False,
 ) -> list[Row]:
-    """Measure everything that the operators list, `jobs` kernels at a time in processes of their own."""
+    """Measure what the operators list, with `heaviest` but one form of each configuration.
+
+    `jobs` kernels at a time are compiled, in processes of their own.
+    """
     work = [
         (operator, place, capability, instructions)
         for operator in operators
-        for place in range(len(listed(operator)))
+        for place, compilation in enumerate(listed(operator))
+        if not (heaviest and compilation.is_lighter)
         for capability in capabilities
     ]
     if jobs == 1 or len(work) < 2:
@@ -290,6 +300,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--instructions", action="store_true", help="count SASS instructions by kind (static)"
     )
+    parser.add_argument(
+        "--heaviest",
+        action="store_true",
+        help="each configuration in its heaviest form alone: a third of the time",
+    )
     parser.add_argument("--jobs", type=int, default=2, help="kernels compiled at a time")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     given = parser.parse_args(arguments)
@@ -297,7 +312,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("needs triton, and a process without TRITON_INTERPRET")
 
     began = time.perf_counter()
-    rows = table(given.operator, given.capability, instructions=given.instructions, jobs=given.jobs)
+    rows = table(
+        given.operator,
+        given.capability,
+        instructions=given.instructions,
+        jobs=given.jobs,
+        heaviest=given.heaviest,
+    )
     print(markdown(rows))
     if given.json:
         given.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))

@@ -196,4 +196,5 @@ def _compilation(
         constexprs=constexprs,
         num_warps=config.num_warps,
         divisible_by_16=divisible,
+        is_lighter=M < 3 or dtypes == "fp32",
     )

@@ -171,9 +171,12 @@ def test_the_interpreter_is_refused_with_a_sentence() -> None:
 
 
 @pytest.mark.timeout(900)
-def test_every_configuration_of_every_operator_fits_sm_80_and_sm_90(tmp_path: Path) -> None:
+@pytest.mark.parametrize("extent", [["--heaviest"], pytest.param([], marks=pytest.mark.proof)])
+def test_every_configuration_of_every_operator_fits_sm_80_and_sm_90(
+    extent: list[str], tmp_path: Path
+) -> None:
     file = tmp_path / "rows.json"
-    done = _run(["-m", "drwkv.kernels.resources", "--jobs", "2", "--json", str(file)])
+    done = _run(["-m", "drwkv.kernels.resources", "--jobs", "2", "--json", str(file), *extent])
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(file.read_text())
     assert {(row["operator"], row["capability"]) for row in rows} == {

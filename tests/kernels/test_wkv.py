@@ -32,8 +32,11 @@ def fresh_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 15, 63, 256, 500, 1024, 4097])
-@pytest.mark.parametrize("channels", [1, 8, 384, 1000])
+SIZES = [(T, C) for T in (1, 15, 63, 256, 500, 1024) for C in (1, 8, 384, 1000)] + [(4097, 1000)]
+SLOW_SIZES = [pytest.param(4097, C, marks=pytest.mark.proof) for C in (1, 8, 384)]
+
+
+@pytest.mark.parametrize(("num_tokens", "channels"), [*SIZES, *SLOW_SIZES])
 @pytest.mark.parametrize("k_scale", [1.0, 30.0])
 def test_output_and_every_gradient_equal_the_equation(num_tokens: int, channels: int, k_scale: float) -> None:
     batch = 2 if num_tokens < 1024 and channels < 384 else 1
@@ -108,7 +111,7 @@ def test_bfloat16_keeps_its_dtypes_and_a_float32_state(decay_dtype: torch.dtype,
     assert_close(actual, expected(inputs), 1e-2)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 63, 1024, 4097])
+@pytest.mark.parametrize("num_tokens", [1, 63, 1024, pytest.param(4097, marks=pytest.mark.proof)])
 @pytest.mark.parametrize("k_scale", [1.0, 30.0])
 def test_bfloat16_is_within_its_rounding(num_tokens: int, k_scale: float) -> None:
     inputs = make_inputs((1, num_tokens, 384), decay_times_T="positive, zero, negative", k_scale=k_scale)
