@@ -118,7 +118,6 @@ def count_compiled(function: Callable[..., Tensor], inputs: Sequence[Any]) -> Co
     options = {
         "force_disable_caches": True,
         "compile_threads": 1,
-        "cpp.vec_isa_ok": False,  # scalar code on a CPU: fused alike, and no compiler runs to try instructions
         "_post_fusion_custom_pass": look,
     }
     with config.patch(options), warnings.catch_warnings():
