@@ -1,4 +1,4 @@
-"""Which backend an operator runs on: `choose`, and what this machine offers to it.
+"""Which backend an operator runs on: `choose`, what this machine offers to it, and what all Triton launches need.
 
 The choice is a pure function of the name asked for, the tensor's device and dtype, and the machine. It is
 logged once for each (operator, backend, device type) on the logger `drwkv.kernels`. The launch configuration
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 HAS_TRITON: bool = importlib.util.find_spec("triton") is not None
 MIN_CAPABILITY = (8, 0)  # the kernels are compiled and checked for sm_80 and sm_90
+MAX_TOKENS = 1 << 30  # tokens of a sample, and channels, are counted in int32 (addresses are int64)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # the state is float32, too little for float64
 
 _log = logging.getLogger("drwkv.kernels")
@@ -58,6 +60,20 @@ def interpreting() -> bool:
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
+
+
+def check_size(operator: str, name: str, x: Tensor) -> None:
+    """Raise ValueError for more tokens or channels, (B, T, C), than the Triton kernels count."""
+    if max(x.shape[1:]) > MAX_TOKENS:
+        raise ValueError(
+            f"{operator}: backend 'triton' takes up to {MAX_TOKENS} tokens and channels; "
+            f"got {name} {tuple(x.shape)}"
+        )
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """A context in which Triton launches on x's device."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 @_constant_to_compile

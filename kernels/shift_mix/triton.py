@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +16,11 @@ import torch
 import triton
 from torch import Tensor
 
-from drwkv.kernels import autotune
+from drwkv.kernels import autotune, backends
 from drwkv.kernels.resources import Compilation
 from drwkv.kernels.shift_mix import triton_kernels
 from drwkv.kernels.shift_mix.registration import register
 
-MAX_TOKENS = 1 << 30  # a sample's tokens and channels are counted in int32 (addresses are int64)
 LOOP = 8  # token blocks that one program of the backward adds up, so that the partial sums are few bytes
 ENOUGH_PROGRAMS = 2048  # shorter loops rather than fewer programs: some 15 for each multiprocessor
 
@@ -48,11 +46,7 @@ def shift_mix_triton(
 
     Raises ValueError for more than 2^30 tokens a sample, or channels.
     """
-    if max(x.shape[1:]) > MAX_TOKENS:
-        raise ValueError(
-            f"shift_mix: backend 'triton' takes up to {MAX_TOKENS} tokens a sample and channels; "
-            f"got x {tuple(x.shape)}"
-        )
+    backends.check_size("shift_mix", "x", x)
     return tuple(_shift_mix(x, mixes, *grid, out_dtype))
 
 
@@ -64,6 +58,7 @@ def _forward(x_BND: Tensor, mixes_MD: Tensor, h: int, w: int, out_dtype: torch.d
         return outs
 
     def launch(config: Config) -> None:
+        """Fill `outs`."""
         programs = B * triton.cdiv(N, config.BT) * triton.cdiv(D, config.BC)
         triton_kernels.forward_kernel[(programs,)](
             x_BND,
@@ -78,7 +73,7 @@ def _forward(x_BND: Tensor, mixes_MD: Tensor, h: int, w: int, out_dtype: torch.d
             num_warps=config.num_warps,
         )
 
-    with _device_of(x_BND):
+    with backends.on_device_of(x_BND):
         launch(_choose("shift_mix_forward", FORWARD, launch, x_BND, mixes_MD, out_dtype))
     return outs
 
@@ -95,6 +90,7 @@ def _backward(
         grads = [grad_BND.contiguous() for grad_BND in grads]  # one set of strides serves all
 
     def launch(config: Config) -> Tensor:
+        """Fill `gx_BND`; the mixes' gradients in parts (P, M, D)."""
         token_blocks, channel_blocks = B * triton.cdiv(N, config.BT), triton.cdiv(D, config.BC)
         loop = min(LOOP, max(1, token_blocks * channel_blocks // ENOUGH_PROGRAMS))
         P = triton.cdiv(token_blocks, loop)
@@ -118,7 +114,7 @@ def _backward(
         )
         return partial_PMD
 
-    with _device_of(x_BND):
+    with backends.on_device_of(x_BND):
         config = _choose("shift_mix_backward", BACKWARD, launch, x_BND, mixes_MD, grads[0].dtype)
         return gx_BND, launch(config).sum(0).to(mixes_MD.dtype)
 
@@ -132,10 +128,6 @@ def _sizes(x_BND: Tensor, h: int, w: int) -> tuple[int, int, int, int, int]:
     """N, D, K, w and the channels in a quarter."""
     _, N, D = x_BND.shape
     return N, D, N - h * w, w, D // 4
-
-
-def _device_of(x: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _choose(

@@ -9,7 +9,6 @@ Shapes: B batch, T tokens, C channels, S tiles, P parts of the decays' gradients
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from drwkv.kernels import autotune
+from drwkv.kernels import autotune, backends
 from drwkv.kernels.wkv import triton_backward, triton_forward
 from drwkv.kernels.wkv.torch import BACKWARD_FLOPS, FORWARD_FLOPS
 
@@ -29,7 +28,6 @@ EXCHANGE = {"BC": 16, "ROWS": EXCHANGE_ROWS}
 EXCHANGE_WARPS = 16
 MAX_WHOLE_TILES = 64  # longer sequences are always cut
 PROGRAMS_TO_FILL = 264  # two for each multiprocessor of the largest chip known here
-MAX_TOKENS = 1 << 30  # tokens and channels are counted in int32 (addresses are int64)
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def bi_wkv_triton(decay: Tensor, first: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Raises ValueError for more than 2^30 tokens or channels.
     """
-    _check_size(k)
+    backends.check_size("bi_wkv", "k", k)
     return _bi_wkv(decay, first, k, v)[0]
 
 
@@ -75,15 +73,8 @@ def bi_wkv_gated_triton(decay: Tensor, first: Tensor, k: Tensor, v: Tensor, r: T
 
     Raises ValueError for more than 2^30 tokens or channels.
     """
-    _check_size(k)
+    backends.check_size("bi_wkv", "k", k)
     return _bi_wkv_gated(decay, first, k, v, r)[0]
-
-
-def _check_size(k: Tensor) -> None:
-    if max(k.shape[1:]) > MAX_TOKENS:
-        raise ValueError(
-            f"bi_wkv: backend 'triton' takes up to {MAX_TOKENS} tokens and channels; got k {tuple(k.shape)}"
-        )
 
 
 @torch.library.custom_op("drwkv::bi_wkv_triton", mutates_args=())
@@ -123,6 +114,7 @@ def _forward(decay: Tensor, first: Tensor, k: Tensor, v: Tensor, r: Tensor | Non
     strides = (*k.stride(), *v.stride(), *r_or_k.stride())
 
     def launch(config: Config) -> None:
+        """All kernels of the ordinary channels."""
         cut = _Cut(k, config)
         sums = k.new_empty((5, B, cut.S, C), dtype=torch.float32)
         if not cut.whole:
@@ -133,7 +125,7 @@ def _forward(decay: Tensor, first: Tensor, k: Tensor, v: Tensor, r: Tensor | Non
             GATED=r is not None, WHOLE=cut.whole, ROWS=WHOLE_ROWS, EVEN=cut.even, **cut.options,
         )  # fmt: skip
 
-    with _device_of(k):
+    with backends.on_device_of(k):
         config = _choose("bi_wkv_forward", FORWARD, launch, [k, v, r_or_k])
         launch(config)
         steps, grid = _carried_cut(k)
@@ -164,6 +156,7 @@ def _backward(
     strides = (*k.stride(), *v.stride(), *r_or_k.stride(), *gy.stride())
 
     def launch(config: Config) -> Tensor:
+        """All kernels of the ordinary channels; the parts (2, B, P, C) of the gradients of decay and first."""
         cut = _Cut(k, config)
         sums, grad_sums = (k.new_empty((n, B, cut.S, C), dtype=torch.float32) for n in (5, 4))
         parts = k.new_empty((2, B, 1 if cut.whole else cut.S, C), dtype=torch.float32)
@@ -185,7 +178,7 @@ def _backward(
             run(False, True)
         return parts
 
-    with _device_of(k):
+    with backends.on_device_of(k):
         config = _choose("bi_wkv_backward", BACKWARD, launch, [k, v, r_or_k, gy])
         parts = launch(config)
         steps, grid = _carried_cut(k)
@@ -235,10 +228,6 @@ def _carried_cut(k: Tensor) -> tuple[int, tuple[int]]:
     """Steps and grid of the general path, whose programs end at once where one maximum does for all channels."""
     B, T, C = k.shape
     return triton.cdiv(T, CARRIED_TILE["N"]), (B * triton.cdiv(C, CARRIED_TILE["BC"]),)
-
-
-def _device_of(x: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _choose(

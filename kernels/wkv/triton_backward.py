@@ -12,7 +12,7 @@ import triton.language as tl
 
 from drwkv.kernels.wkv import triton_carried_maximum as carried
 from drwkv.kernels.wkv import triton_one_maximum as one
-from drwkv.kernels.wkv.triton_forward import any_of, decays, place, rows
+from drwkv.kernels.wkv.triton_forward import any_of, decays, place, rows, sum_whole
 
 
 @triton.jit
@@ -37,8 +37,7 @@ def read_tile(
     E = one.exp2(-w2)
     x_n, x_d = one.weigh(k, v, top, centre, R)
     zero = tl.zeros((N, BC), tl.float32)
-    u_n, u_d = one.scan_right(x_n, x_d, E, zero, zero, R)
-    d_n, d_d = one.scan_left(x_n, x_d, E, zero, zero, R)
+    u_n, u_d, d_n, d_d = one.run_sums(x_n, x_d, E, zero, R)
     p_n, p_d, f_n, f_d = one.entering(u_n, u_d, d_n, d_d, past_n, past_d, future_n, future_d, w2, o_n, R, N)
     s_n, s_d = one.states_from_right(x_n, x_d, E, f_n, f_d, R)
 
@@ -75,8 +74,7 @@ def sum_readers(
         m_tile, left, m_c, w2, bonus, centre, o_n, GATED, False, N, R, BC, EVEN,
     )  # fmt: skip
     E, zero = one.exp2(-w2), tl.zeros((N, BC), tl.float32)
-    u_n, u_d = one.scan_right(g_n, g_d, E, zero, zero, R)
-    d_n, d_d = one.scan_left(g_n, g_d, E, zero, zero, R)
+    u_n, u_d, d_n, d_d = one.run_sums(g_n, g_d, E, zero, R)
     u_n, u_d, d_n, d_d = one.leaving(u_n, u_d, d_n, d_d, w2, o_n, R, N)
     one.store_sums(p_grad_sums, plane, m_c, u_n, u_d, d_n, d_d)
 
@@ -95,8 +93,7 @@ def differentiate_tile(
     )  # fmt: skip
     E, zero = one.exp2(-w2), tl.zeros((N, BC), tl.float32)
     past_n, past_d, future_n, future_d = one.load_sums(p_grad_sums, plane, m_c)
-    u_n, u_d = one.scan_right(g_n, g_d, E, zero, zero, R)
-    d_n, d_d = one.scan_left(g_n, g_d, E, zero, zero, R)
+    u_n, u_d, d_n, d_d = one.run_sums(g_n, g_d, E, zero, R)
     p_n, p_d, f_n, f_d = one.entering(u_n, u_d, d_n, d_d, past_n, past_d, future_n, future_d, w2, o_n, R, N)
 
     # From left to right: the readers' past meets the sources' future.
@@ -154,15 +151,10 @@ def backward_kernel(
         first, last = i_s, i_s + 1
         if WHOLE:
             first, last = tl.zeros_like(i_s), tl.zeros_like(i_s) + S
-            for i in range(first, last):
-                o_n, o_t, m_tile, left = rows(i, T, m_c, N, R)
-                one.source_sums(
-                    p_k + o_t * stride_kt, p_v + o_t * stride_vt, p_sums + i * C, plane,
-                    stride_kt, stride_vt, m_tile, left, m_c, centre, w2, o_n, N, R, EVEN,
-                )  # fmt: skip
-            tl.debug_barrier()  # what one thread wrote, others read
-            one.exchange(p_sums, plane, S, C, m_c, w2, N * R, BC, ROWS, True)
-            tl.debug_barrier()
+            sum_whole(
+                p_k, p_v, p_sums, plane, T, C, S, stride_kt, stride_vt,
+                m_c, centre, w2, N, R, BC, ROWS, EVEN,
+            )  # fmt: skip
         if READERS:
             for i in range(first, last):
                 o_n, o_t, m_tile, left = rows(i, T, m_c, N, R)
@@ -206,6 +198,7 @@ def backward_carried_kernel(
     stride_gb, stride_gt, stride_gc,
     GATED: tl.constexpr, N: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
+    """All gradients of all other channels: a program a (batch, channel block)."""
     plane = tl.cast(plane, tl.int64)
     i_b, _, o_c, m_c = place(C, 1, BC)
     w, u, m_c = decays(p_w, p_u, o_c, m_c, span, False)

@@ -68,6 +68,7 @@ def sums_kernel(
     stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc,
     CENTRED: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
+    """Write every tile's sums: a program a tile."""
     plane = tl.cast(plane, tl.int64)
     i_b, i_s, o_c, m_c = place(C, S, BC)
     w, _, m_c = decays(p_w, p_u, o_c, m_c, span, True)
@@ -91,6 +92,7 @@ def exchange_kernel(
     T, C, S, span, plane,
     HAS_MAXIMUM: tl.constexpr, LENGTH: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """Turn the tiles' sums, in place, into what comes to each tile: a program a (batch, channel block)."""
     plane = tl.cast(plane, tl.int64)
     i_b, _, o_c, m_c = place(C, 1, BC)
     w, _, m_c = decays(p_w, p_u, o_c, m_c, span, True)
@@ -98,6 +100,24 @@ def exchange_kernel(
         one.exchange(
             p_sums + i_b * S * C + o_c, plane, S, C, m_c, w * one.LOG2_E, LENGTH, BC, ROWS, HAS_MAXIMUM
         )
+
+
+@triton.jit
+def sum_whole(
+    p_k, p_v, p_sums,  # (1, BC) the sequence's first token, the first tile's sums
+    plane, T, C, S, stride_kt, stride_vt, m_c, centre, w2,
+    N: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Sum all tiles of a sequence and tell each what comes to it, in one program."""
+    for i in range(S):
+        o_n, o_t, m_tile, left = rows(i, T, m_c, N, R)
+        one.source_sums(
+            p_k + o_t * stride_kt, p_v + o_t * stride_vt, p_sums + tl.cast(i, tl.int64) * C, plane,
+            stride_kt, stride_vt, m_tile, left, m_c, centre, w2, o_n, N, R, EVEN,
+        )  # fmt: skip
+    tl.debug_barrier()  # what one thread wrote, others read
+    one.exchange(p_sums, plane, S, C, m_c, w2, N * R, BC, ROWS, True)
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -120,8 +140,7 @@ def mix_tile(
     # What comes to every run, and from the right to every token.
     x_n, x_d = one.weigh(k, v, top, 0.0, R)
     zero = tl.zeros((N, BC), tl.float32)
-    u_n, u_d = one.scan_right(x_n, x_d, E, zero, zero, R)
-    d_n, d_d = one.scan_left(x_n, x_d, E, zero, zero, R)
+    u_n, u_d, d_n, d_d = one.run_sums(x_n, x_d, E, zero, R)
     p_n, p_d, f_n, f_d = one.entering(u_n, u_d, d_n, d_d, past_n, past_d, future_n, future_d, w2, o_n, R, N)
     s_n, s_d = one.states_from_right(x_n, x_d, E, f_n, f_d, R)
 
@@ -148,6 +167,7 @@ def forward_kernel(
     GATED: tl.constexpr, WHOLE: tl.constexpr,
     N: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
+    """Write y of the ordinary channels: a program a tile, with WHOLE a (batch, channel block)."""
     plane = tl.cast(plane, tl.int64)
     if WHOLE:
         i_b, i_s, o_c, m_c = place(C, 1, BC)
@@ -164,15 +184,10 @@ def forward_kernel(
         first, last = i_s, i_s + 1
         if WHOLE:
             first, last = tl.zeros_like(i_s), tl.zeros_like(i_s) + S
-            for i in range(first, last):
-                o_n, o_t, m_tile, left = rows(i, T, m_c, N, R)
-                one.source_sums(
-                    p_k + o_t * stride_kt, p_v + o_t * stride_vt, p_sums + i * C, plane,
-                    stride_kt, stride_vt, m_tile, left, m_c, 0.0, w * one.LOG2_E, o_n, N, R, EVEN,
-                )  # fmt: skip
-            tl.debug_barrier()  # what one thread wrote, others read
-            one.exchange(p_sums, plane, S, C, m_c, w * one.LOG2_E, N * R, BC, ROWS, True)
-            tl.debug_barrier()
+            sum_whole(
+                p_k, p_v, p_sums, plane, T, C, S, stride_kt, stride_vt,
+                m_c, 0.0, w * one.LOG2_E, N, R, BC, ROWS, EVEN,
+            )  # fmt: skip
         for i in range(first, last):
             o_n, o_t, m_tile, left = rows(i, T, m_c, N, R)
             mix_tile(
@@ -193,6 +208,7 @@ def forward_carried_kernel(
     stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_rb, stride_rt, stride_rc,
     GATED: tl.constexpr, N: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
+    """Write y of all other channels: a program a (batch, channel block)."""
     plane = tl.cast(plane, tl.int64)
     i_b, _, o_c, m_c = place(C, 1, BC)
     w, u, m_c = decays(p_w, p_u, o_c, m_c, span, False)

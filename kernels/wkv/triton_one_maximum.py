@@ -102,6 +102,14 @@ def scan_left(x_n, x_d, E, n, d, R: tl.constexpr):
 
 
 @triton.jit
+def run_sums(x_n, x_d, E, zero, R: tl.constexpr):
+    """The sums of R tokens toward their right end (u) and toward their left end (d)."""
+    u_n, u_d = scan_right(x_n, x_d, E, zero, zero, R)
+    d_n, d_d = scan_left(x_n, x_d, E, zero, zero, R)
+    return u_n, u_d, d_n, d_d
+
+
+@triton.jit
 def states_from_right(x_n, x_d, E, n, d, R: tl.constexpr):
     """What comes from the right at each of R tokens, as tuples, from the state (n, d) after them."""
     s_n, s_d = (n,), (d,)
@@ -259,8 +267,7 @@ def source_sums(
     x_n, x_d = weigh(k, v, top, centre, R)
     zero = tl.zeros(m2.shape, tl.float32)
     E = exp2(-w2)
-    u_n, u_d = scan_right(x_n, x_d, E, zero, zero, R)
-    d_n, d_d = scan_left(x_n, x_d, E, zero, zero, R)
+    u_n, u_d, d_n, d_d = run_sums(x_n, x_d, E, zero, R)
     u_n, u_d, d_n, d_d = leaving(u_n, u_d, d_n, d_d, w2, o_n, R, N)
     store_sums(p_sums, plane, m_c, u_n, u_d, d_n, d_d)
     tl.store(p_sums + 4 * plane, top, mask=m_c)

@@ -184,3 +184,28 @@ def test_every_configuration_of_every_operator_fits_sm_80_and_sm_90(
     }
     names = [(row["operator"], row["name"], row["capability"]) for row in rows]
     assert len(names) == len(set(names)), "two compilations of one name"
+
+
+COMPILE_ODD_ARGUMENTS = """
+import dataclasses
+from drwkv.kernels.resources import measure
+from drwkv.kernels.shift_mix.triton import compilations
+
+kernels = {c.kernel.__name__: c for c in compilations() if c.name.endswith("unaligned")}
+assert len(kernels) == 2
+for c in kernels.values():
+    numbers = [name for name, kind in c.signature.items() if kind == "i32"]
+    ones = dict.fromkeys(numbers, 1) | dict(c.constexprs) | {"M": 4}
+    pointers = {name: kind for name, kind in c.signature.items() if name not in ones}
+    measure(dataclasses.replace(c, constexprs=ones, signature=pointers, divisible_by_16=None), 80)
+    wide = dict(c.signature) | {name: "i64" for name in numbers if name.startswith(("stride", "B"))}
+    any_strides = {name: c.constexprs[name] for name in ("M", "BT", "BC")}
+    wide |= {name: "i64" for name in c.constexprs if name not in any_strides}
+    measure(dataclasses.replace(c, constexprs=any_strides, signature=wide), 80)
+"""
+
+
+def test_shift_mix_compiles_for_sizes_of_one_and_strides_past_32_bits() -> None:
+    # Triton takes a 1 for a constant and a large number for int64, which its interpreter does not.
+    done = _run(["-c", COMPILE_ODD_ARGUMENTS])
+    assert done.returncode == 0, done.stderr

@@ -8,14 +8,12 @@ Shapes: B batch, N = K + h w tokens, D channels, M mixes.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
+from closeness import assert_close, relative_rms
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,13 +31,7 @@ OPERATORS = {
 Grid = tuple[int, int]
 
 
-@pytest.fixture(autouse=True)
-def fresh_memory_is_nan() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 
 
 def make_inputs(
@@ -82,17 +74,6 @@ def results(
 def expected(x: Tensor, mixes: Tensor, grid: Grid) -> dict[str, Tensor]:
     x, mixes = (a.detach().double().requires_grad_() for a in (x, mixes))
     return results(x, mixes, grid, "reference")
-
-
-def relative_rms(actual: Tensor, exact: Tensor) -> float:
-    actual, exact = actual.detach().double(), exact.detach().double()
-    error = (actual - exact).square().mean().sqrt()
-    return float(error / exact.square().mean().sqrt().clamp_min(1e-30))
-
-
-def assert_close(actual: dict[str, Tensor], exact: dict[str, Tensor], tolerance: float) -> None:
-    errors = {name: relative_rms(actual[name], exact[name]) for name in exact}
-    assert all(error <= tolerance for error in errors.values()), errors  # a NaN fails too
 
 
 def shift_mix_by_loops(x: Tensor, mixes: Tensor, grid: Grid) -> list[Tensor]:
@@ -394,30 +375,3 @@ def test_bad_arguments_are_named_with_their_numbers(change: dict[str, object], m
     arguments = {"x": torch.zeros(2, 6, 8), "mixes": torch.zeros(3, 8), "grid": (2, 3), **change}
     with pytest.raises(ValueError, match=message):
         shift_mix(**arguments)  # type: ignore[arg-type]
-
-
-COMPILE_ODD_ARGUMENTS = """
-import dataclasses
-from drwkv.kernels.resources import measure
-from drwkv.kernels.shift_mix.triton import compilations
-
-kernels = {c.kernel.__name__: c for c in compilations() if c.name.endswith("unaligned")}
-assert len(kernels) == 2
-for c in kernels.values():
-    numbers = [name for name, kind in c.signature.items() if kind == "i32"]
-    ones = dict.fromkeys(numbers, 1) | dict(c.constexprs) | {"M": 4}
-    pointers = {name: kind for name, kind in c.signature.items() if name not in ones}
-    measure(dataclasses.replace(c, constexprs=ones, signature=pointers, divisible_by_16=None), 80)
-    wide = dict(c.signature) | {name: "i64" for name in numbers if name.startswith(("stride", "B"))}
-    any_strides = {name: c.constexprs[name] for name in ("M", "BT", "BC")}
-    wide |= {name: "i64" for name in c.constexprs if name not in any_strides}
-    measure(dataclasses.replace(c, constexprs=any_strides, signature=wide), 80)
-"""
-
-
-def test_sizes_of_one_and_strides_past_32_bits_compile() -> None:
-    # Triton takes a 1 for a constant and a large number for int64, which its interpreter does not.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE_ODD_ARGUMENTS]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

@@ -11,49 +11,39 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close, relative_rms
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from wkv_cases import NAMES, apply, assert_close, expected, relative_rms
+from wkv_cases import NAMES, apply, assert_safe, assert_safe_with, expected
 
 from drwkv.kernels.wkv import bi_wkv, bi_wkv_gated
 
 pytest.importorskip("triton")
 
-import triton
-import triton.language as tl
-from triton.runtime.interpreter import ScanOps
-from triton_interpreter import scan_elements
 from wkv_cases import make_inputs as make_cpu_inputs
 from wkv_cases import results as results_of
 
 from drwkv.kernels.wkv import triton as backend
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::RuntimeWarning:triton.runtime.interpreter"
-)  # NumPy's, of infinities
+pytestmark = [
+    pytest.mark.usefixtures("fresh_memory_is_nan"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),  # NumPy's, of infinities
+]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MOST_NAMES = tuple(name for name in NAMES if name != "grad decay")  # which far channels have to fewer digits
 GOLDEN = Path(__file__).parents[1] / "golden" / "wkv.safetensors"
 make_inputs = partial(make_cpu_inputs, device=DEVICE)
 results = partial(results_of, backend="triton")
-
-
-@pytest.fixture(autouse=True)
-def fresh_memory_is_nan() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=["whole", "split"])
@@ -150,20 +140,13 @@ def test_near_and_far_channels_meet_in_one_block_of_a_split_sequence(monkeypatch
 @pytest.mark.parametrize("num_tokens", [1, 15, 63])
 def test_keys_of_ten_thousand_are_safe(decay_times_T: str, num_tokens: int) -> None:
     inputs = make_inputs((1, num_tokens, 6), decay_times_T=decay_times_T, k_scale=1e4)
-    actual = results(inputs)
-    assert_close(actual, expected(inputs), 1e-5, ("output", "grad v"))
-    assert all(x.isfinite().all() for x in actual.values())
+    assert_safe(inputs, "triton")
 
 
 @pytest.mark.parametrize("name", ["decay", "first"])
 @pytest.mark.parametrize("value", [1e3, -1e3, 1e6, -1e6])
 def test_huge_decay_or_first_is_safe(name: str, value: float) -> None:
-    inputs = make_inputs((1, 20, 3))
-    with torch.no_grad():
-        inputs[("decay", "first").index(name)][1] = value
-    actual = results(inputs)
-    assert_close(actual, expected(inputs), 1e-5, ("output", "grad v"))
-    assert all(x.isfinite().all() for x in actual.values())
+    assert_safe_with(make_inputs((1, 20, 3)), name, value, "triton")
 
 
 @pytest.mark.parametrize("num_tokens", [64, 256])
@@ -373,32 +356,3 @@ def test_what_the_kernels_do_not_take_is_refused(change: dict[str, Any], message
     x = x.expand(1, change.get("tokens", 3), 1)
     with pytest.raises(ValueError, match=message):
         bi_wkv(x[0, 0], x[0, 0], x, x, backend="triton")
-
-
-@triton.jit
-def _add_and_multiply(a, b, c, d):  # type: ignore[no-untyped-def]
-    return a + c, b * d
-
-
-@triton.jit
-def _scan(p_x, p_y, reverse: tl.constexpr):  # type: ignore[no-untyped-def]
-    o_tile = tl.arange(0, 8)[:, None] * 4 + tl.arange(0, 4)[None, :]
-    x, y = tl.associative_scan(
-        (tl.load(p_x + o_tile), tl.load(p_y + o_tile)), 0, _add_and_multiply, reverse=reverse
-    )
-    tl.store(p_x + o_tile, x)
-    tl.store(p_y + o_tile, y)
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_the_interpreter_scans_rows_as_it_scans_elements(
-    reverse: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def scanned() -> tuple[Tensor, Tensor]:
-        x, y = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-        _scan[(1,)](x, y, reverse)
-        return x, y
-
-    by_rows = scanned()
-    monkeypatch.setattr(ScanOps, "generic_scan", scan_elements)
-    assert all(map(torch.equal, by_rows, scanned()))

@@ -1,7 +1,7 @@
 """Triton's interpreter, with its scan of whole rows at a time: as written it calls the function element by element.
 
 A scan of (32, 16) elements takes 32 calls in place of 512, and the kernel tests minutes in place of hours. The
-result is the same (`test_wkv_triton.py` compares the two).
+result is the same (`test_interpreter_scan.py` compares the two).
 """
 
 from __future__ import annotations
