@@ -1,0 +1,364 @@
+"""Files under an S3 prefix: the Storage of storage.py that trusts no answer it can check.
+
+Endpoint, region and keys come from where boto3 looks: the environment (AWS_ENDPOINT_URL_S3, AWS_ACCESS_KEY_ID, ...)
+or ~/.aws/config. Two layers try again: boto3's adaptive mode, which also slows down when the server asks for it, and
+`_attempts` here, with exponential backoff and full jitter, for what boto3 does not see: a body that is cut short, does
+not have its checksum, or was damaged on its way up (Content-MD5 goes with every upload). Every object that is written
+here carries its crc32c as metadata, and every whole object that is read is held against that, or against an ETag that
+is an MD5. Ranges have no checksum of their own: whoever asks for one checks it.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import boto3
+import botocore.config
+import google_crc32c
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    EndpointConnectionError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
+
+from drwkv.storage import S3_SCHEME, StorageError, no_space_is_named
+
+log = logging.getLogger("drwkv")
+
+PART_BYTES = 16 << 20  # of a ranged GET and of a multipart upload
+MAX_PARTS = 10_000  # that S3 allows in one object
+CONNECTIONS = 8  # parts of one object on their way at once
+ATTEMPTS = 8  # of one request, beyond those that boto3 makes
+BACKOFF_SEC, MAX_BACKOFF_SEC = 0.1, 20.0  # the n-th wait is uniform in [0, min(MAX, BACKOFF 2^n)]
+CRC_KEY = "crc32c"  # of the object's metadata
+
+# What a user must mend; all else is tried again.
+_REFUSALS = {
+    "NoSuchBucket": "there is no such bucket{at}: create it, or correct the path",
+    "InvalidBucketName": "no name that a bucket can have: correct the path",
+    "AccessDenied": "access denied{at}: the key in use has no right to {operation} here",
+    "403": "access denied{at}: the key in use has no right to {operation} here, or is wrong",
+    "InvalidAccessKeyId": "the key id is not known{at}: check AWS_ACCESS_KEY_ID or the profile",
+    "SignatureDoesNotMatch": "the secret key is wrong{at}: check AWS_SECRET_ACCESS_KEY or the profile",
+    "ExpiredToken": "the session's token has expired{at}: log in again",
+    "InvalidToken": "the session's token is not valid{at}: log in again",
+    "EntityTooLarge": "too large for this store{at}",
+    "QuotaExceeded": "the quota is used up{at}: free some space and run the same command again",
+    "PermanentRedirect": "the bucket is in another region{at}: set AWS_DEFAULT_REGION",
+}  # fmt: skip
+_MISSING = {"NoSuchKey", "404", "NotFound"}
+_THERE_ALREADY = {"PreconditionFailed", "412"}
+
+T = TypeVar("T")
+
+
+class DamagedTransferError(Exception):
+    """Bytes that are not what was sent; tried again, and only then a StorageError."""
+
+
+@functools.lru_cache(maxsize=1)
+def _client(process: int) -> Any:
+    """One client a process, safe from any thread; a fork makes its own, for sockets must not be shared."""
+    config = botocore.config.Config(
+        retries={"mode": "adaptive", "total_max_attempts": 4},
+        connect_timeout=10,
+        read_timeout=60,
+        max_pool_connections=4 * CONNECTIONS,
+        # Content-MD5 and our own checksum do this job, also on servers that ignore the newer headers.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    return boto3.session.Session().client("s3", config=config)
+
+
+class S3Storage:
+    """The objects under `s3://bucket/prefix`; safe from any thread and after a fork."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path.rstrip("/")
+        self.bucket, _, self._prefix = self.path.removeprefix(S3_SCHEME).partition("/")
+        if not self.bucket:
+            raise ValueError(f"{path}: no bucket is named; give s3://bucket/prefix")
+
+    def where(self, name: str) -> str:
+        return f"{self.path}/{name}"
+
+    def read(self, name: str) -> bytes:
+        def get() -> bytes:
+            answer = self._call("get_object", name)
+            data: bytes = answer["Body"].read()
+            _check_length(data, answer["ContentLength"])
+            _check_whole(answer, google_crc32c.value(data), lambda: hashlib.md5(data).hexdigest())
+            return data
+
+        return self._attempts("read", name, get)
+
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        if size <= 0:
+            return b""
+
+        def get() -> bytes:
+            try:
+                answer = self._call("get_object", name, Range=f"bytes={start}-{start + size - 1}")
+            except ClientError as error:
+                if _code(error) in ("InvalidRange", "416"):
+                    return b""
+                raise
+            data: bytes = answer["Body"].read()
+            _check_length(data, answer["ContentLength"])
+            return data
+
+        return self._attempts("read", name, get)
+
+    def size(self, name: str) -> int:
+        return int(self._head(name)["ContentLength"])
+
+    def exists(self, name: str) -> bool:
+        try:
+            self._head(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def names(self, prefix: str = "") -> list[str]:
+        # A list has no checksum: it is right when two are the same.
+        def twice() -> list[str]:
+            first, second = self._list(prefix), self._list(prefix)
+            if first != second:
+                raise DamagedTransferError("two lists of the same prefix differ")
+            return first
+
+        return self._attempts("list", prefix, twice)
+
+    def write(self, name: str, data: bytes) -> None:
+        self._attempts("write", name, lambda: self._put(name, data))
+
+    def write_new(self, name: str, data: bytes) -> bool:
+        def put() -> bool:
+            try:
+                self._put(name, data, IfNoneMatch="*")
+            except ClientError as error:
+                if _code(error) not in _THERE_ALREADY:
+                    raise
+                # An attempt before this one, also one inside boto3, may have come through and lost its answer.
+                return self.read(name) == data
+            return True
+
+        return self._attempts("write", name, put)
+
+    def upload(self, name: str, file: Path) -> None:
+        size = file.stat().st_size
+        if size <= PART_BYTES:
+            self.write(name, file.read_bytes())
+        else:
+            self._attempts("write", name, lambda: self._upload_parts(name, file, size))
+        file.unlink()
+
+    def download(self, name: str, file: Path) -> None:
+        def fetch() -> None:
+            head = self._head(name)
+            size = int(head["ContentLength"])
+            with no_space_is_named(str(file)), open(file, "wb") as target:
+                target.truncate(size)
+                for start, data in self.read_parts(name, size):
+                    target.seek(start)
+                    target.write(data)
+            _check_whole(head, _crc_of_file(file), lambda: _md5_of_file(file))
+
+        self._attempts("read", name, fetch)
+
+    def read_parts(self, name: str, size: int) -> Iterator[tuple[int, bytes]]:
+        """(start, bytes) of the first `size` bytes in ranged GETs, some at once, in order."""
+
+        def part(start: int) -> tuple[int, bytes]:
+            data = self.read_range(name, start, min(PART_BYTES, size - start))
+            if len(data) != min(PART_BYTES, size - start):
+                raise DamagedTransferError(f"{len(data)} bytes at {start}, expected more")
+            return start, data
+
+        starts = range(0, size, PART_BYTES)
+        with ThreadPoolExecutor(min(CONNECTIONS, max(len(starts), 1)), "drwkv-s3") as pool:
+            # No more than twice the connections' parts wait in memory.
+            waiting = [pool.submit(part, start) for start in starts[: 2 * CONNECTIONS]]
+            for i in range(len(starts)):
+                yield waiting.pop(0).result()
+                if i + 2 * CONNECTIONS < len(starts):
+                    waiting.append(pool.submit(part, starts[i + 2 * CONNECTIONS]))
+
+    def remove(self, name: str) -> None:
+        self._attempts("remove", name, lambda: self._call("delete_object", name))
+
+    def _put(self, name: str, data: bytes, **condition: str) -> None:
+        md5 = hashlib.md5(data)
+        answer = self._call(
+            "put_object",
+            name,
+            Body=data,
+            ContentMD5=base64.b64encode(md5.digest()).decode(),
+            Metadata={CRC_KEY: f"{google_crc32c.value(data):08x}"},
+            **condition,
+        )
+        _check_etag(answer, md5.hexdigest())
+
+    def _upload_parts(self, name: str, file: Path, size: int) -> None:
+        part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
+        crc = {CRC_KEY: f"{_crc_of_file(file):08x}"}
+        upload = self._call("create_multipart_upload", name, Metadata=crc)["UploadId"]
+
+        def put(start: int) -> tuple[int, str, bytes]:
+            with open(file, "rb") as source:
+                data = os.pread(source.fileno(), part_bytes, start)
+            number, md5 = start // part_bytes + 1, hashlib.md5(data)
+            content_md5 = base64.b64encode(md5.digest()).decode()
+
+            def once() -> str:
+                answer = self._call(
+                    "upload_part", name, UploadId=upload, PartNumber=number, Body=data, ContentMD5=content_md5
+                )
+                _check_etag(answer, md5.hexdigest())
+                return str(answer["ETag"])
+
+            return number, self._attempts("write", name, once), md5.digest()
+
+        try:
+            with ThreadPoolExecutor(CONNECTIONS, "drwkv-s3") as pool:
+                parts = list(pool.map(put, range(0, size, part_bytes)))
+            listed = [{"PartNumber": number, "ETag": etag} for number, etag, _ in parts]
+            self._call("complete_multipart_upload", name, UploadId=upload, MultipartUpload={"Parts": listed})
+        except BaseException:
+            self._abort(name, upload)
+            raise
+        # The answer to the completion is XML without a checksum: look at what is there.
+        whole = hashlib.md5(b"".join(digest for _, _, digest in parts)).hexdigest()
+        head = self._head(name)
+        if int(head["ContentLength"]) != size or head["Metadata"].get(CRC_KEY) != crc[CRC_KEY]:
+            raise DamagedTransferError(f"the object that was put together has {head['ContentLength']} bytes")
+        _check_etag(head, f"{whole}-{len(parts)}")
+
+    def _abort(self, name: str, upload: str) -> None:
+        """Parts of a failed upload cost their space until they are given up; a failure here changes nothing."""
+        try:
+            self._call("abort_multipart_upload", name, UploadId=upload)
+        except (ClientError, BotoCoreError) as error:
+            log.warning("%s: parts of a failed upload could not be removed: %s", self.where(name), error)
+
+    def _head(self, name: str) -> dict[str, Any]:
+        answer: dict[str, Any] = self._attempts("read", name, lambda: self._call("head_object", name))
+        return answer
+
+    def _list(self, prefix: str) -> list[str]:
+        top = f"{self._prefix}/" if self._prefix else ""
+        pages = _client(os.getpid()).get_paginator("list_objects_v2")
+        keys = [
+            entry["Key"]
+            for page in pages.paginate(Bucket=self.bucket, Prefix=top + prefix)
+            for entry in page.get("Contents", ())
+        ]
+        return sorted(key.removeprefix(top) for key in keys)
+
+    def _call(self, operation: str, name: str, **options: Any) -> Any:
+        key = f"{self._prefix}/{name}" if self._prefix else name
+        return getattr(_client(os.getpid()), operation)(Bucket=self.bucket, Key=key, **options)
+
+    def _attempts(self, verb: str, name: str, request: Callable[[], T]) -> T:
+        """Make the request until it succeeds or ATTEMPTS are used up, and say what is wrong in one line.
+
+        FileNotFoundError for a name that is not there, StorageError for the rest.
+        """
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(random.uniform(0, min(MAX_BACKOFF_SEC, BACKOFF_SEC * 2**attempt)))
+            try:
+                return request()
+            except ClientError as error:
+                code = _code(error)
+                if code in _MISSING:
+                    raise FileNotFoundError(f"{self.where(name)} is not there") from None
+                # A body that was damaged on its way up has a wrong signature too.
+                damaged = verb == "write" and code == "SignatureDoesNotMatch" and attempt < 2
+                if code in _REFUSALS and not damaged:
+                    raise StorageError(self._refusal(verb, name, code)) from None
+                problem = f"{code}: {error.response.get('Error', {}).get('Message', '')}"
+            except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
+                raise StorageError(
+                    f"{self.where(name)}: no usable key ({error}): set AWS_ACCESS_KEY_ID and "
+                    "AWS_SECRET_ACCESS_KEY, or a profile"
+                ) from None
+            except ParamValidationError as error:
+                raise StorageError(f"{self.where(name)}: {' '.join(str(error).split())}") from None
+            except (BotoCoreError, DamagedTransferError, OSError) as error:
+                if isinstance(error, (FileNotFoundError, PermissionError)):
+                    raise
+                problem = f"{type(error).__name__}: {error}"
+                if isinstance(error, EndpointConnectionError) and attempt >= 2:
+                    break
+            log.debug("%s: attempt %d to %s it failed: %s", self.where(name), attempt + 1, verb, problem)
+        raise StorageError(
+            f"{self.where(name)}: cannot {verb} it after {attempt + 1} attempts, the last ended with {problem}; "
+            "run the same command again when the store answers"
+        )
+
+    def _refusal(self, verb: str, name: str, code: str) -> str:
+        at = f" at {_client(os.getpid()).meta.endpoint_url}"
+        missing_bucket = code in ("NoSuchBucket", "InvalidBucketName")
+        where = f"{S3_SCHEME}{self.bucket}" if missing_bucket else self.where(name)
+        return f"{where}: {_REFUSALS[code].format(at=at, operation=verb)}"
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", "unknown"))
+
+
+def _check_length(data: bytes, expected: int) -> None:
+    if len(data) != expected:
+        raise DamagedTransferError(f"{len(data)} of {expected} bytes came")
+
+
+def _check_whole(answer: dict[str, Any], crc: int, md5: Callable[[], str]) -> None:
+    """Hold a whole object against its metadata's crc32c, or against the ETag of a plain PUT."""
+    expected = answer.get("Metadata", {}).get(CRC_KEY)
+    if expected is not None:
+        if f"{crc:08x}" != expected:
+            raise DamagedTransferError(f"crc32c is {crc:08x}, expected {expected}")
+    elif _is_md5(answer) and answer["ETag"].strip('"') != (found := md5()):
+        raise DamagedTransferError(f"MD5 is {found}, expected {answer['ETag']}")
+
+
+def _check_etag(answer: dict[str, Any], md5: str) -> None:
+    """Hold the ETag of what was written against its MD5, on stores whose ETag is that."""
+    etag = str(answer.get("ETag", "")).strip('"')
+    if ("-" in md5) == ("-" in etag) and len(etag) == len(md5) and _is_md5(answer, etag) and etag != md5:
+        raise DamagedTransferError(f"the store has MD5 {etag}, sent was {md5}")
+
+
+def _is_md5(answer: dict[str, Any], etag: str | None = None) -> bool:
+    etag = str(answer.get("ETag", "")).strip('"') if etag is None else etag.partition("-")[0]
+    encrypted = answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
+    return not encrypted and len(etag) == 32 and all(c in "0123456789abcdef" for c in etag)
+
+
+def _crc_of_file(path: Path) -> int:
+    crc = google_crc32c.Checksum()
+    with open(path, "rb") as file:
+        for data in iter(lambda: file.read(PART_BYTES), b""):
+            crc.update(data)
+    return int.from_bytes(crc.digest(), "big")
+
+
+def _md5_of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
