@@ -1,0 +1,122 @@
+"""Latents in .npy files, as the scripts around DiT and SiT publish them, repacked as moments.
+
+    imagenet256_features/0.npy     (B, C, h, w) or (C, h, w)
+    imagenet256_labels/0.npy       (B,)
+
+Those scripts (fast-DiT, U-DiT) draw once from the posterior and multiply by the VAE's scale, 0.18215; a random half
+of the images is mirrored, and nothing says which. Not read: the mean and standard deviation of EDM2 and REPA, which
+have the shape of moments and no log-variance.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_prep.sources import BadSampleError, Item, Source
+from data_prep.sources.labels import numbered
+from data_prep.sources.layouts import Listing
+from data_prep.sources.lazy import Lazy, packed
+from data_prep.sources.moments import Numbers, definite
+from drwkv.storage import open_storage
+
+NUM_READERS = 16  # small files read at once
+
+
+@dataclass(frozen=True)
+class NpyLatents(Item):
+    """One row of a .npy file."""
+
+    root: str  # path of the storage
+    file: str  # name in it
+    row: int
+    numbers: Numbers
+
+    def load_latents(self, *, flip: bool = False) -> np.ndarray:
+        assert not flip, "these have no latents of mirrored images"
+        data = open_storage(self.root).read(self.file)
+        try:
+            stored = np.load(io.BytesIO(data), allow_pickle=False)
+            stored = stored[self.row] if stored.ndim == 4 else stored
+        except (ValueError, EOFError, IndexError) as error:
+            raise BadSampleError(f"{self.name}: cannot be read ({error})") from None
+        return self.numbers.moments(stored, self.name)
+
+
+def open_npy(listing: Listing) -> Source:
+    """Folders *_features/ and *_labels/ of .npy files, paired by name; or .npy files without labels."""
+    listing.pick(set())
+    arrays = [name for name in listing.names if name.endswith(".npy")]
+    features = sorted((name for name in arrays if "_labels/" not in name), key=_numeric_order)
+    if not features:
+        raise ValueError(f"{listing.spec}: holds no .npy files of latents")
+    shape = _npy_shape(listing, features[0])
+    if len(shape) not in (3, 4):
+        where = listing.storage.where(features[0])
+        raise ValueError(f"{where}: has shape {shape}, expected (B, C, h, w) or (C, h, w)")
+    numbers = definite(listing, (shape[-3], shape[-2], shape[-1]), default_scale=None)
+
+    labelled = len(features) < len(arrays)
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        read = _npy_labels if labelled else _npy_rows
+        labels = list(pool.map(lambda name: read(listing, name), features))
+    file_of = np.repeat(np.arange(len(features), dtype=np.int32), [len(of_file) for of_file in labels])
+    first_of = np.cumsum([0, *map(len, labels)])
+    names = packed(
+        features[file] if len(labels[file]) == 1 else f"{features[file]}#{i - first_of[file]}"
+        for i, file in enumerate(file_of.tolist())
+    )
+    files = packed(features)
+
+    def make(i: int) -> NpyLatents:
+        file = int(file_of[i])
+        return NpyLatents(names[i], listing.storage.path, files[file], i - int(first_of[file]), numbers)
+
+    array, class_names = numbered([x for of_file in labels for x in of_file], names, where=listing.spec)
+    return Source(Lazy(len(names), make), names, array, class_names, kind="moments")
+
+
+def _numeric_order(name: str) -> tuple[str, int, str]:
+    """0, 1, 2, 10: by folder, then numbers by value."""
+    folder, _, file = name.rpartition("/")
+    stem = file.removesuffix(".npy")
+    return folder, len(stem) if stem.isdigit() else -1, stem
+
+
+def _npy_shape(listing: Listing, name: str) -> tuple[int, ...]:
+    """The shape in the header, without reading the numbers."""
+    file = io.BytesIO(listing.storage.read_range(name, 0, 1 << 10))
+    try:
+        version = np.lib.format.read_magic(file)
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        return read(file)[0]
+    except ValueError as error:
+        raise ValueError(f"{listing.storage.where(name)}: not a .npy file ({error})") from None
+
+
+def _npy_rows(listing: Listing, name: str) -> Sequence[int | None]:
+    """As many missing labels as the file has rows."""
+    shape = _npy_shape(listing, name)
+    return [None] * (shape[0] if len(shape) == 4 else 1)
+
+
+def _npy_labels(listing: Listing, name: str) -> Sequence[int | None]:
+    """The labels that lie beside a file of features."""
+    file = name.replace("_features/", "_labels/")
+    try:
+        found = np.load(io.BytesIO(listing.storage.read(file)), allow_pickle=False)
+    except FileNotFoundError:
+        raise ValueError(f"{listing.storage.where(name)}: has no labels, {file} is missing") from None
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{listing.storage.where(file)}: not a .npy file ({error})") from None
+    if found.dtype.kind not in "iu" or found.ndim > 1:
+        raise ValueError(
+            f"{listing.storage.where(file)}: holds {found.dtype} {found.shape}, expected integers (B,)"
+        )
+    return np.atleast_1d(found).tolist()
