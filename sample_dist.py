@@ -119,6 +119,8 @@ def decoder(config: SampleConfig, trained: TrainedModel, world: World) -> Callab
         path = config.vae or (manifest.vae_id if manifest else None)
         assert path is not None
         vae = latents.load_vae(path, device=world.device)
+        if manifest is not None and manifest.vae_hash:
+            latents.check_weights(vae, manifest.vae_hash, path=path, where=trained.name)
         own_scale, own_shift = latents.vae_scaling(vae)
         scale = own_scale if manifest is None or manifest.scale is None else manifest.scale
         shift = own_shift if manifest is None or manifest.shift is None else manifest.shift

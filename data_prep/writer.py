@@ -1,11 +1,12 @@
-"""Writing a shard set: the plan, one shard as one unit of work, and the commit.
+"""Writing a shard set: the plan, one shard as one unit of work, and the commit; in a folder or on S3.
 
 The plan, which source goes into which shard and slot, is a pure function of the source list and the seed.
-A shard is written to a temporary file, synced, and renamed; its index rows lie beside it as a sidecar until
+A shard is written to a temporary file and put in place whole; its index rows lie beside it as a sidecar until
 `commit` gathers them and writes the manifest last. So any number of workers may write, any may be killed at
 any time, and the same call again does what is missing and ends in the same bytes.
 
-The layout is drwkv.data.manifest's. Where samples come from is digits.py's (and other sources').
+The layout is drwkv.data.manifest's. Where samples come from is digits.py's and encode.py's; who writes which shard
+is leases.py's.
 """
 
 from __future__ import annotations
@@ -13,12 +14,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import io
+import json
+import logging
 import os
 import shutil
 import socket
+import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -28,13 +35,24 @@ from data_prep.index import index_tar
 from drwkv import rng
 from drwkv.data import manifest as layout
 from drwkv.data.manifest import Manifest, ShardEntry
+from drwkv.storage import TEMPORARY, is_remote, no_space_is_named, open_storage
+
+log = logging.getLogger("drwkv")
 
 PLAN_NAME = "plan.json"  # the manifest to be, while the set is being written
-_PARTS, _TEMPORARY = "index/parts", ".tmp"
+PARTS, CLAIMS = "index/parts", "index/claims"  # sidecars of shards, and leases; gone after the commit
+_REQUESTS = 16  # small files read or removed at once
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """In place of a sample's arrays: its source is left out of the set."""
+
+    reason: str  # one line
 
 
 def deal_out(num_samples: int, seed: int) -> np.ndarray:
-    """The keyed permutation of the sources: (num_samples,) int64, row r of the set holds source [r]."""
+    """The keyed permutation of the sources: (num_samples,) int64, row r of the plan holds source [r]."""
     words = rng.bits(seed, rng.Purpose.SHARD_PLAN, torch.arange(num_samples), 2).numpy().astype(np.uint64)
     return np.argsort((words[:, 0] << np.uint64(32)) | words[:, 1], kind="stable")
 
@@ -48,39 +66,47 @@ def hash_sources(names: Sequence[str], labels: np.ndarray) -> str:
 
 
 class ShardSetWriter:
-    """Writes, or goes on writing, the shard set in folder `out`.
+    """Writes, or goes on writing, the shard set `out`, a folder or S3 prefix.
 
     `names` and `labels` are the source list in its canonical order, `manifest` what the set shall be (its
-    source_hash, num_samples and index_hash are filled in here). One process or many work like this:
+    source_hash, num_samples, skipped and index_hash are filled in here). One process or many work like this:
 
         writer = ShardSetWriter(out, names=names, labels=labels, manifest=manifest)
         for shard in writer.missing():
             writer.write(shard, ({"img.npy": load(names[i])} for i in writer.sources_of(shard)))
         writer.commit()
 
-    or by `writer.write_arrays({"img.npy": images})` where all fits in memory. Raises ValueError when `out`
-    holds another set, or files that are not of a set.
+    or by `writer.write_arrays({"img.npy": images})` where all fits in memory. `scratch` is the local folder where
+    tars are made before they go up to S3. Raises ValueError when `out` holds another set, or files that are not of one.
     """
 
     def __init__(
-        self, out: str | os.PathLike[str], *, names: Sequence[str], labels: np.ndarray, manifest: Manifest
+        self,
+        out: str | os.PathLike[str],
+        *,
+        names: Sequence[str],
+        labels: np.ndarray,
+        manifest: Manifest,
+        scratch: str | os.PathLike[str] | None = None,
     ):
-        self.out = Path(out)
+        self.out = os.fspath(out)
+        self.storage = open_storage(out)
         self.names, self.labels = names, labels
         self.manifest = dataclasses.replace(
             manifest, num_samples=len(names), source_hash=hash_sources(names, labels), index_hash=""
         )
-        self.manifest.check(str(self.out))
+        self.manifest.check(self.out)
         self._check_sources()
         self.num_shards = -(-len(names) // manifest.samples_per_shard)
         self._permutation = deal_out(len(names), manifest.seed)
+        self._scratch = Path(scratch or tempfile.gettempdir()) if is_remote(out) else Path(out) / TEMPORARY
         self._begin()
 
     def shard_name(self, shard: int) -> str:
         return f"shard-{shard:06d}.tar"
 
     def first_row(self, shard: int) -> int:
-        """Sample id of the shard's first sample; shards differ in size by one sample at most."""
+        """Place in the plan of the shard's first sample; planned shards differ in size by one sample at most."""
         return shard * len(self.names) // self.num_shards
 
     def sources_of(self, shard: int) -> np.ndarray:
@@ -88,27 +114,41 @@ class ShardSetWriter:
         return self._permutation[self.first_row(shard) : self.first_row(shard + 1)]
 
     def committed(self) -> bool:
-        return (self.out / layout.MANIFEST_NAME).exists()
+        return self.storage.exists(layout.MANIFEST_NAME)
 
     def missing(self) -> list[int]:
         """Shards that no one has finished yet."""
         if self.committed():
             return []
-        return [i for i in range(self.num_shards) if not (self.out / self.shard_name(i)).exists()]
+        finished = set(self.storage.names("shard-"))
+        return [i for i in range(self.num_shards) if self.shard_name(i) not in finished]
 
-    def write(self, shard: int, samples: Iterable[Mapping[str, np.ndarray]]) -> None:
+    def is_finished(self, shard: int) -> bool:
+        """Whether one shard is in place."""
+        return self.storage.exists(self.shard_name(shard))
+
+    def write(self, shard: int, samples: Iterable[Mapping[str, np.ndarray] | Skipped]) -> None:
         """Write one whole shard: `samples` gives the array members of each of `sources_of(shard)`, in order.
 
+        A sample that is Skipped is left out and stands in the manifest with its reason.
         Raises ValueError naming the source when an array is not what the manifest says, or not finite.
         """
         temporary = self._temporary(self.shard_name(shard))
-        with self._unless_committed():
-            keys = self._write_tar(temporary, shard, samples)
-            found, rows = index_tar(temporary, shard=shard, members=self.manifest.members)
-            assert found == keys, f"{temporary}: wrote keys {keys[:3]}..., reads back {found[:3]}..."
-            # The sidecar first: where there is a finished shard, there are its rows.
-            self._publish(layout.npy_bytes(rows), self._part(shard))
-            self._rename(temporary, self.out / self.shard_name(shard))
+        try:
+            with self._unless_committed():
+                keys, skipped = self._write_tar(temporary, shard, samples)
+                found, rows = index_tar(temporary, shard=shard, members=self.manifest.members)
+                assert found == keys, f"{temporary}: wrote keys {keys[:3]}..., reads back {found[:3]}..."
+                # The sidecars first: where there is a finished shard, there are its rows.
+                part = {
+                    "num_bytes": temporary.stat().st_size,
+                    "skipped": {str(source): reason for source, reason in skipped.items()},
+                }
+                self.storage.write(f"{self._part(shard)}.npy", layout.npy_bytes(rows))
+                self.storage.write(f"{self._part(shard)}.json", (json.dumps(part) + "\n").encode())
+                self.storage.upload(self.shard_name(shard), temporary)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def write_arrays(self, arrays: Mapping[str, np.ndarray]) -> Manifest:
         """Write what is missing of the set and commit; `arrays`: each member of all sources (M, ...)."""
@@ -131,31 +171,60 @@ class ShardSetWriter:
         return layout.read_manifest(self.out)
 
     def _write_tar(
-        self, file_name: Path, shard: int, samples: Iterable[Mapping[str, np.ndarray]]
-    ) -> list[str]:
-        """The shard's samples as a synced tar; returns their keys."""
+        self, path: Path, shard: int, samples: Iterable[Mapping[str, np.ndarray] | Skipped]
+    ) -> tuple[list[str], dict[int, str]]:
+        """The shard's samples as a tar; returns their keys, and source -> reason of those left out."""
         keys: list[str] = []
-        with open(file_name, "wb") as file:
+        skipped: dict[int, str] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with no_space_is_named(str(path)), open(path, "wb") as file:
             with TarWriter(file, user="", group="", mode=0o444, mtime=0, encoder=False) as tar:
-                for source, arrays in zip(self.sources_of(shard).tolist(), samples, strict=True):
+                sources = self.sources_of(shard).tolist()
+                for slot, (source, arrays) in enumerate(zip(sources, samples, strict=True)):
+                    if isinstance(arrays, Skipped):
+                        skipped[source] = arrays.reason
+                        continue
                     self._check_arrays(arrays, self.names[source])
-                    keys.append(f"{self.first_row(shard) + len(keys):09d}")
+                    keys.append(f"{self.first_row(shard) + slot:09d}")
                     sample: dict[str, object] = {name: layout.npy_bytes(a) for name, a in arrays.items()}
                     sample |= {"__key__": keys[-1], layout.LABEL_MEMBER: b"%d" % self.labels[source]}
                     tar.write(sample)
-            _sync(file)
-        return keys
+        if not keys:
+            raise ValueError(
+                f"{self.out}: no sample is left of {self.shard_name(shard)}, the first was left out because "
+                f"{next(iter(skipped.values()))}; is the source what it should be?"
+            )
+        return keys, skipped
 
     def _write_index(self) -> None:
-        parts = [self._rows_of(shard) for shard in range(self.num_shards)]
-        sources = "".join(f"{self.names[i]}\n" for i in self._permutation.tolist()).encode()
-        entries = [self._entry(shard, rows) for shard, rows in enumerate(parts)]
+        shards = range(self.num_shards)
+        with ThreadPoolExecutor(_REQUESTS) as pool:
+            read = list(pool.map(self._read_part, shards))
+        rows, parts = [part[0] for part in read], [part[1] for part in read]
+        skipped = {int(source): reason for part in parts for source, reason in part["skipped"].items()}
+        kept = [source for source in self._permutation.tolist() if source not in skipped]
+        sources = "".join(f"{self.names[i]}\n" for i in kept).encode()
+        entries = [
+            ShardEntry(
+                self.shard_name(i), len(rows[i]), parts[i]["num_bytes"], layout.sha256(rows[i].tobytes())
+            )
+            for i in shards
+        ]
         shard_list = layout.shard_list_to_json(entries, layout.sha256(sources)).encode()
-        self._publish(sources, self.out / layout.SOURCES_NAME)
-        self._publish(layout.npy_bytes(np.concatenate(parts)), self.out / layout.ROWS_NAME)
-        self._publish(shard_list, self.out / layout.SHARD_LIST_NAME)
-        whole = dataclasses.replace(self.manifest, index_hash=layout.sha256(shard_list))
-        self._publish(whole.to_json().encode(), self.out / layout.MANIFEST_NAME)
+        self.storage.write(layout.SOURCES_NAME, sources)
+        self.storage.write(layout.ROWS_NAME, layout.npy_bytes(np.concatenate(rows)))
+        self.storage.write(layout.SHARD_LIST_NAME, shard_list)
+        whole = dataclasses.replace(
+            self.manifest,
+            num_samples=len(kept),
+            skipped={self.names[source]: skipped[source] for source in sorted(skipped)},
+            index_hash=layout.sha256(shard_list),
+        )
+        if not self.storage.write_new(layout.MANIFEST_NAME, whole.to_json().encode()):
+            raise ValueError(
+                f"{self.storage.where(layout.MANIFEST_NAME)}: another worker has committed another set here; "
+                "do all workers have the same program, sources and settings?"
+            )
 
     @contextlib.contextmanager
     def _unless_committed(self) -> Iterator[None]:
@@ -167,38 +236,38 @@ class ShardSetWriter:
                 raise
 
     def _begin(self) -> None:
-        """Claim the folder for this plan, or find out that it holds another."""
-        for name in (layout.MANIFEST_NAME, PLAN_NAME):
-            file = self.out / name
-            if not file.exists():
-                continue
-            begun = Manifest.from_json(file.read_text(encoding="utf-8"), str(file))
-            differing = [
-                f"{key} {getattr(begun, key)!r} there, {value!r} now"
-                for key, value in dataclasses.asdict(self.manifest).items()
-                if key != "index_hash" and getattr(begun, key) != value
-            ]
-            if differing:
-                raise ValueError(
-                    f"{file}: the folder holds another set: {'; '.join(differing)}; "
-                    "give another folder, or delete this one"
-                )
-            break
-        else:
-            if strangers := [p.name for p in self._entries() if p.name != _TEMPORARY]:
-                raise ValueError(
-                    f"{self.out}: not empty and no shard set (holds {strangers[0]!r}); give another folder"
-                )
-            (self.out / _TEMPORARY).mkdir(parents=True, exist_ok=True)
-            self._publish(self.manifest.to_json().encode(), self.out / PLAN_NAME)
-        if not self.committed():
-            (self.out / _TEMPORARY).mkdir(exist_ok=True)
-            (self.out / _PARTS).mkdir(parents=True, exist_ok=True)
-
-    def _entries(self) -> list[Path]:
-        if self.out.exists() and not self.out.is_dir():
+        """Claim the place for this plan, or find out that it holds another."""
+        if not is_remote(self.out) and Path(self.out).exists() and not Path(self.out).is_dir():
             raise ValueError(f"{self.out}: a file, but the shard set needs a folder; give another path")
-        return sorted(self.out.iterdir()) if self.out.exists() else []
+        for name in (layout.MANIFEST_NAME, PLAN_NAME):
+            with contextlib.suppress(FileNotFoundError):
+                return self._compare(name)
+        strangers = [
+            name for name in self.storage.names() if not name.startswith((f"{PARTS}/", f"{CLAIMS}/"))
+        ]
+        if strangers and PLAN_NAME not in strangers:
+            raise ValueError(
+                f"{self.out}: not empty and no shard set (holds {strangers[0]!r}); give another folder"
+            )
+        if not self.storage.write_new(PLAN_NAME, self.manifest.to_json().encode()):
+            self._compare(PLAN_NAME)
+
+    def _compare(self, name: str) -> None:
+        where = self.storage.where(name)
+        begun = dataclasses.asdict(Manifest.from_json(self.storage.read(name).decode(), where))
+        begun["num_samples"] += len(begun["skipped"])
+        # A VAE is what its weights are, whatever path a worker has it at; the first worker's path stays.
+        self.manifest = dataclasses.replace(self.manifest, vae_id=begun["vae_id"])
+        differing = [
+            f"{key} {begun[key]!r} there, {value!r} now"
+            for key, value in dataclasses.asdict(self.manifest).items()
+            if key not in ("index_hash", "skipped") and begun[key] != value
+        ]
+        if differing:
+            raise ValueError(
+                f"{where}: the folder holds another set: {'; '.join(differing)}; "
+                "give another folder, or delete this one"
+            )
 
     def _check_sources(self) -> None:
         labels, top = self.labels, max(self.manifest.num_classes - 1, 0)
@@ -219,44 +288,40 @@ class ShardSetWriter:
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise ValueError(f"source {source}: {member} is not finite; encode in float32 or bfloat16")
 
-    def _rows_of(self, shard: int) -> np.ndarray:
-        if self._part(shard).exists():
-            return np.load(self._part(shard), allow_pickle=False)
-        return index_tar(self.out / self.shard_name(shard), shard=shard, members=self.manifest.members)[1]
+    def _read_part(self, shard: int) -> tuple[np.ndarray, dict]:
+        """A finished shard's index rows and what stands beside them; made anew from its tar if they are lost."""
+        try:
+            rows = np.load(io.BytesIO(self.storage.read(f"{self._part(shard)}.npy")), allow_pickle=False)
+            return rows, json.loads(self.storage.read(f"{self._part(shard)}.json"))
+        except FileNotFoundError:
+            if self.committed():
+                raise
+        tar = self._temporary(self.shard_name(shard))
+        tar.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.storage.download(self.shard_name(shard), tar)
+            keys, rows = index_tar(tar, shard=shard, members=self.manifest.members)
+            skipped = {
+                str(source): "left out when its shard was written"
+                for slot, source in enumerate(self.sources_of(shard).tolist())
+                if f"{self.first_row(shard) + slot:09d}" not in keys
+            }
+            return rows, {"num_bytes": tar.stat().st_size, "skipped": skipped}
+        finally:
+            tar.unlink(missing_ok=True)
 
-    def _entry(self, shard: int, rows: np.ndarray) -> ShardEntry:
-        name = self.shard_name(shard)
-        return ShardEntry(name, len(rows), (self.out / name).stat().st_size, layout.sha256(rows.tobytes()))
-
-    def _part(self, shard: int) -> Path:
-        return self.out / _PARTS / f"{self.shard_name(shard)}.npy"
+    def _part(self, shard: int) -> str:
+        return f"{PARTS}/{self.shard_name(shard)}"
 
     def _temporary(self, name: str) -> Path:
-        """A path of this process alone: a unit done twice at once is then harmless."""
-        return self.out / _TEMPORARY / f"{name}.{socket.gethostname()}.{os.getpid()}"
-
-    def _publish(self, data: bytes, target: Path) -> None:
-        temporary = self._temporary(target.name)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            _sync(file)
-        self._rename(temporary, target)
-
-    def _rename(self, temporary: Path, target: Path) -> None:
-        os.replace(temporary, target)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        """A path of this process and thread alone: a unit done twice at once is then harmless."""
+        return self._scratch / f"{name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
 
     def _clean(self) -> None:
         """Take away what only the writing needed; a set killed just here is cleaned by the next call."""
-        for leftover in (_PARTS, _TEMPORARY):
-            shutil.rmtree(self.out / leftover, ignore_errors=True)
-        (self.out / PLAN_NAME).unlink(missing_ok=True)
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+        leftovers = [*self.storage.names(f"{PARTS}/"), *self.storage.names(f"{CLAIMS}/"), PLAN_NAME]
+        with ThreadPoolExecutor(_REQUESTS) as pool:
+            list(pool.map(self.storage.remove, leftovers))
+        if not is_remote(self.out):
+            for name in (PARTS, CLAIMS, TEMPORARY):
+                shutil.rmtree(Path(self.out) / name, ignore_errors=True)

@@ -55,7 +55,11 @@ def load_vae(path: str, *, dtype: torch.dtype = torch.float32, device: torch.dev
         raise ValueError(f"VAE {path}: float16 overflows in SDXL's VAEs; give float32 or bfloat16")
     try:
         vae = AutoencoderKL.from_pretrained(
-            path, torch_dtype=dtype, use_safetensors=True, local_files_only=Path(path).is_dir()
+            path,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            local_files_only=Path(path).is_dir(),
+            low_cpu_mem_usage=False,
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -86,3 +90,13 @@ def hash_weights(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def check_weights(vae: nn.Module, expected: str, *, path: str, where: str) -> None:
+    """ValueError in one line unless `vae`, loaded from `path` in float32, has the weights that `where` was made with."""
+    found = hash_weights(vae)
+    if found != expected:
+        raise ValueError(
+            f"VAE {path}: its weights have sha256 {found[:12]}..., but the latents of {where} were made by "
+            f"one with {expected[:12]}...: give vae=FOLDER of that one"
+        )

@@ -17,7 +17,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -155,7 +155,10 @@ class S3Storage:
                 if _code(error) not in _THERE_ALREADY:
                     raise
                 # An attempt before this one, also one inside boto3, may have come through and lost its answer.
-                return self.read(name) == data
+                try:
+                    return self.read(name) == data
+                except FileNotFoundError:
+                    raise DamagedTransferError("it was there and is gone again") from None
             return True
 
         return self._attempts("write", name, put)
@@ -232,7 +235,8 @@ class S3Storage:
                 _check_etag(answer, md5.hexdigest())
                 return str(answer["ETag"])
 
-            return number, self._attempts("write", name, once), md5.digest()
+            # An upload whose id was damaged on its way to us is not known, and all of it begins again.
+            return number, self._attempts("write", name, once, passed_on=("NoSuchUpload",)), md5.digest()
 
         try:
             with ThreadPoolExecutor(CONNECTIONS, "drwkv-s3") as pool:
@@ -257,8 +261,17 @@ class S3Storage:
             log.warning("%s: parts of a failed upload could not be removed: %s", self.where(name), error)
 
     def _head(self, name: str) -> dict[str, Any]:
-        answer: dict[str, Any] = self._attempts("read", name, lambda: self._call("head_object", name))
-        return answer
+        def head() -> dict[str, Any]:
+            try:
+                answer: dict[str, Any] = self._call("head_object", name)
+            except ClientError as error:
+                if _code(error) == "404":
+                    # Only the answer to a GET has a body that says what is missing, the object or the bucket.
+                    self._call("get_object", name, Range="bytes=0-0")
+                raise
+            return answer
+
+        return self._attempts("read", name, head)
 
     def _list(self, prefix: str) -> list[str]:
         top = f"{self._prefix}/" if self._prefix else ""
@@ -274,10 +287,13 @@ class S3Storage:
         key = f"{self._prefix}/{name}" if self._prefix else name
         return getattr(_client(os.getpid()), operation)(Bucket=self.bucket, Key=key, **options)
 
-    def _attempts(self, verb: str, name: str, request: Callable[[], T]) -> T:
+    def _attempts(
+        self, verb: str, name: str, request: Callable[[], T], *, passed_on: Sequence[str] = ()
+    ) -> T:
         """Make the request until it succeeds or ATTEMPTS are used up, and say what is wrong in one line.
 
-        FileNotFoundError for a name that is not there, StorageError for the rest.
+        FileNotFoundError for a name that is not there, StorageError for the rest; error codes in `passed_on` are
+        for the caller's own attempts.
         """
         for attempt in range(ATTEMPTS):
             if attempt:
@@ -286,6 +302,8 @@ class S3Storage:
                 return request()
             except ClientError as error:
                 code = _code(error)
+                if code in passed_on:
+                    raise
                 if code in _MISSING:
                     raise FileNotFoundError(f"{self.where(name)} is not there") from None
                 # A body that was damaged on its way up has a wrong signature too.

@@ -22,6 +22,7 @@ from typing import IO, Protocol
 
 S3_SCHEME = "s3://"
 TEMPORARY = ".tmp"  # folder for files that are not whole yet
+_FOLDER_ATTEMPTS = 5  # to write a file into a folder that others tidy up meanwhile
 
 
 class StorageError(ValueError):
@@ -129,23 +130,23 @@ class FolderStorage:
     def names(self, prefix: str = "") -> list[str]:
         found = []
         top = str(PurePosixPath(prefix).parent) if "/" in prefix else ""
-        for folder, folders, files in os.walk(os.path.join(self.path, top)):
-            folders[:] = [name for name in folders if name != TEMPORARY]
+        for folder, folders, files in os.walk(os.path.join(self.path, top), followlinks=True):
+            folders[:] = [name for name in folders if name != TEMPORARY and not _leads_back(folder, name)]
             relative = os.path.relpath(folder, self.path)
             found += [os.path.normpath(os.path.join(relative, name)) for name in files]
         return sorted(name for name in found if name.startswith(prefix))
 
     def write(self, name: str, data: bytes) -> None:
-        with self._whole(name) as file:
-            file.write(data)
+        self._write(name, data)
 
     def write_new(self, name: str, data: bytes) -> bool:
-        with contextlib.suppress(FileExistsError):
-            if not self.exists(name):
-                with self._whole(name, new=True) as file:
-                    file.write(data)
-                return True
-        return self.read(name) == data
+        while True:
+            with contextlib.suppress(FileExistsError):
+                if not self.exists(name):
+                    self._write(name, data, new=True)
+                    return True
+            with contextlib.suppress(FileNotFoundError):  # somebody has just removed it
+                return self.read(name) == data
 
     def upload(self, name: str, file: Path) -> None:
         target = Path(self.where(name))
@@ -174,6 +175,16 @@ class FolderStorage:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    def _write(self, name: str, data: bytes, *, new: bool = False) -> None:
+        for attempts_left in reversed(range(_FOLDER_ATTEMPTS)):
+            try:
+                with self._whole(name, new=new) as file:
+                    file.write(data)
+                return
+            except FileNotFoundError:  # somebody has just removed the folder
+                if not attempts_left:
+                    raise
+
     @contextlib.contextmanager
     def _whole(self, name: str, *, new: bool = False) -> Iterator[IO[bytes]]:
         target = Path(self.where(name))
@@ -192,6 +203,12 @@ class FolderStorage:
             finally:
                 temporary.unlink(missing_ok=True)
             _sync_folder(target.parent)
+
+
+def _leads_back(folder: str, name: str) -> bool:
+    """Whether a link goes to a folder that holds it, and walking it would never end."""
+    path = os.path.join(folder, name)
+    return os.path.islink(path) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path))
 
 
 @contextlib.contextmanager

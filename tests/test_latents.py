@@ -89,3 +89,13 @@ def test_a_vae_that_cannot_be_loaded_is_named_in_one_line(tmp_path, vae_folder):
         assert path in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="float16 overflows"):
         latents.load_vae(str(vae_folder), dtype=torch.float16)
+
+
+def test_another_vae_than_the_one_that_made_the_latents_is_refused(vae_folder):
+    vae = latents.load_vae(str(vae_folder))
+    right = latents.hash_weights(vae)
+    latents.check_weights(vae, right, path="vae", where="runs/x")
+    with pytest.raises(
+        ValueError, match="VAE other: its weights have sha256 .* latents of runs/x .* give vae=FOLDER"
+    ):
+        latents.check_weights(vae, "0" * 64, path="other", where="runs/x")

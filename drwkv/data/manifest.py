@@ -6,6 +6,8 @@
     SET/index/sources.txt     the source name of each sample, one a line, in row order
     SET/manifest.json         written last: the commit mark
 
+SET is a folder or an S3 prefix.
+
 The hashes form a chain: manifest -> shards.json -> rows of one shard -> bytes of one sample. So a set of any
 size opens after hashing shards.json alone, and each shard's rows are checked when it is first read.
 
@@ -19,13 +21,15 @@ import hashlib
 import io
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-FORMAT_VERSION = 1
+from drwkv.storage import is_remote, open_storage
+
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SHARD_LIST_NAME = "index/shards.json"
 ROWS_NAME = "index/samples.npy"
@@ -60,8 +64,20 @@ class Manifest:
     vae_hash: str | None = None  # sha256 of the VAE's weights; None for pixels
     scale: float | None = None  # latents are (z - shift) * scale; None for pixels
     shift: float | None = None  # see scale; None for pixels
+    encode_dtype: str | None = None  # type in which the VAE encoded: "float32" or "bfloat16"; None: not ours
+    encode_batch: int | None = (
+        None  # images of one forward of the VAE: rounding depends on it; None: not ours
+    )
+    encode_threads: int | None = None  # CPU threads of the VAE: so does it on them; None: a GPU, or not ours
+    class_names: list[str] = field(default_factory=list)  # in the order of labels; []: not known
+    skipped: dict[str, str] = field(default_factory=dict)  # sources left out, and why; the commit fills it in
+    member_names: list[str] = field(default_factory=list)  # array members as others named them; []: our own
+    label_member: str = LABEL_MEMBER  # member that holds the label; "" where there is none
+    checksums: bool = True  # whether the index holds each member's crc32c; False: 0 stands there
     num_samples: int = 0  # samples in the set; the writer fills it in
-    source_hash: str = ""  # sha256 of the source list, names and labels; the writer fills it in
+    source_hash: str = (
+        ""  # sha256 of the source list, names and labels, with those left out; the writer fills it in
+    )
     index_hash: str = ""  # sha256 of index/shards.json; the commit fills it in
     format: int = FORMAT_VERSION  # version of this layout
 
@@ -73,6 +89,8 @@ class Manifest:
     @property
     def members(self) -> tuple[str, ...]:
         """Extensions of the array members of a sample, the main one first."""
+        if self.member_names:
+            return tuple(self.member_names)
         if self.kind == "pixels":
             return ("img.npy",)
         return ("moments.npy", "moments_flip.npy") if self.has_flip else ("moments.npy",)
@@ -83,11 +101,12 @@ class Manifest:
 
     def check(self, where: str) -> None:
         """Raise a ValueError that names `where` when the fields contradict each other."""
-        wanted = {"pixels": "uint8", "moments": "float16"}.get(self.kind)
-        if wanted is None:
+        allowed = {"pixels": ["uint8"], "moments": ["float16", "float32"]}.get(self.kind)
+        if allowed is None:
             raise ValueError(f"{where}: kind is {self.kind!r}, expected 'pixels' or 'moments'")
-        if self.dtype != wanted:
-            raise ValueError(f"{where}: dtype is {self.dtype!r}, but a set of {self.kind} holds {wanted!r}")
+        if self.dtype not in allowed:
+            names = " or ".join(map(repr, allowed))
+            raise ValueError(f"{where}: dtype is {self.dtype!r}, but a set of {self.kind} holds {names}")
         if self.has_flip and self.kind == "pixels":
             raise ValueError(f"{where}: has_flip is true, but pixels are mirrored when they are read")
         for key in ("num_samples", "channels", "height", "width", "samples_per_shard"):
@@ -97,6 +116,12 @@ class Manifest:
             raise ValueError(f"{where}: num_classes is {self.num_classes}, expected 0 (unlabelled) or more")
         if self.kind == "moments" and (self.scale is None or self.shift is None):
             raise ValueError(f"{where}: moments need scale and shift, from the VAE's config")
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise ValueError(
+                f"{where}: {len(self.class_names)} class_names for num_classes {self.num_classes}; give one each"
+            )
+        if self.member_names and len(self.member_names) != 1 + self.has_flip:
+            raise ValueError(f"{where}: member_names are {self.member_names}, expected {1 + self.has_flip}")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -136,6 +161,10 @@ def _is_a(value: Any, kind: str) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if name == "int":
         return isinstance(value, int) and not isinstance(value, bool)
+    if name == "list[str]":
+        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    if name == "dict[str, str]":
+        return isinstance(value, dict) and all(isinstance(entry, str) for entry in value.values())
     return isinstance(value, {"str": str, "bool": bool}[name])
 
 
@@ -160,17 +189,26 @@ def shard_list_from_json(text: str) -> list[ShardEntry]:
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of the shard set in folder `path`; ValueError when there is none, or it is not sound."""
-    file = Path(path) / MANIFEST_NAME
+    """The manifest of the shard set at `path`, a folder or S3 prefix.
+
+    ValueError when there is none, or it is not sound.
+    """
+    storage = open_storage(path)
+    file = storage.where(MANIFEST_NAME)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = storage.read(MANIFEST_NAME).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not valid JSON ({error}); write the set again") from None
     except (FileNotFoundError, NotADirectoryError):
-        found = "the folder exists, so its writing has not ended" if Path(path).is_dir() else "no such folder"
+        found = "nothing of that name is there, or its writing has not ended"
+        if not is_remote(path):
+            there = Path(path).is_dir()
+            found = "the folder exists, so its writing has not ended" if there else "no such folder"
         raise ValueError(
             f"{path}: not a committed shard set: {file} is missing ({found}); "
             "run the data_prep command that writes it (again)"
         ) from None
-    return Manifest.from_json(text, str(file))
+    return Manifest.from_json(text, file)
 
 
 def check_fits(
@@ -186,7 +224,7 @@ def check_fits(
     `num_classes` None is an unconditional model, which fits labelled and unlabelled sets alike.
     """
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-    file = Path(path) / MANIFEST_NAME
+    file = open_storage(path).where(MANIFEST_NAME)
     if (manifest.height, manifest.width) != (height, width):
         raise ValueError(
             f"input_size is {height}x{width}, but {file} holds {manifest.kind} of "

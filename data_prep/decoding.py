@@ -1,0 +1,125 @@
+"""Images decoded and cropped ahead of the VAE, in worker processes, in batches of one fixed shape.
+
+torch's DataLoader does the work: processes, order, shared and pinned memory. What is decoded is decided lazily, by
+whoever makes the requests; a source that cannot be decoded comes back as its reason, and what to do about it is
+encode.py's.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data_prep.images import BadImageError, center_crop_arr
+from data_prep.sources import BadSampleError, Item
+
+PREFETCHED_BATCHES = 2  # of each worker
+
+
+@dataclass(frozen=True)
+class Request:
+    """One batch to decode: some items of one shard, in the shard's order."""
+
+    shard: int
+    items: Sequence[Item]
+
+
+@dataclass
+class Decoded:
+    """A request's answer."""
+
+    shard: int
+    x: Tensor  # (batch, C, H, W) uint8, or stored arrays as they are; zeros behind the items and where one is bad
+    problems: list[str | None]  # one for each item: why it cannot be decoded
+
+
+class Decoder(Dataset[Decoded]):
+    """Requests -> Decoded of `batch` samples of (3, resolution, resolution) uint8, cropped as ADM does."""
+
+    def __init__(self, *, batch: int, resolution: int, max_pixels: int) -> None:
+        self.batch, self.resolution, self.max_pixels = batch, resolution, max_pixels
+
+    def __getitem__(self, request: Request) -> Decoded:
+        x = np.zeros((self.batch, 3, self.resolution, self.resolution), np.uint8)
+        problems: list[str | None] = []
+        for i, item in enumerate(request.items):
+            try:
+                image = item.load(max_pixels=self.max_pixels)
+                cropped = center_crop_arr(image, self.resolution, max_pixels=self.max_pixels)
+            except BadSampleError as error:
+                problems.append(str(error))
+                continue
+            except BadImageError as error:
+                problems.append(f"{item.name}: {error}")
+                continue
+            x[i] = cropped.transpose(2, 0, 1)
+            problems.append(None)
+        return Decoded(request.shard, torch.from_numpy(x), problems)
+
+
+class LatentReader(Dataset[Decoded]):
+    """Requests -> Decoded of `batch` moments that others made, (copies, 2C, h, w) float16; two copies with `flip`."""
+
+    def __init__(self, *, batch: int, shape: tuple[int, int, int], flip: bool) -> None:
+        self.batch, self.shape, self.flip = batch, shape, flip
+
+    def __getitem__(self, request: Request) -> Decoded:
+        copies = (False, True) if self.flip else (False,)
+        x = np.zeros((self.batch, len(copies), *self.shape), np.float16)
+        problems: list[str | None] = []
+        for i, item in enumerate(request.items):
+            try:
+                moments = np.stack([item.load_latents(flip=flip) for flip in copies])
+                if moments.shape[1:] != self.shape:
+                    raise BadSampleError(
+                        f"{item.name}: moments of {moments.shape[1:]}, others have {self.shape}"
+                    )
+            except BadSampleError as error:
+                problems.append(str(error))
+                continue
+            x[i] = moments
+            problems.append(None)
+        return Decoded(request.shard, torch.from_numpy(x), problems)
+
+
+class _Requests:
+    """The sampler that DataLoader asks for what to decode next; each round of asking may differ."""
+
+    def __init__(self) -> None:
+        self.current: Iterable[Request] = ()
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.current)
+
+
+class DecodingPool:
+    """Decodes requests in `workers` processes (0: in this one), and hands the batches out in order.
+
+    Requests are drawn as the batches are, a few batches ahead.
+    """
+
+    def __init__(self, decoder: Dataset[Decoded], *, workers: int) -> None:
+        self._requests = _Requests()
+        # A forked server that has imported everything starts workers fast, and without this process's threads.
+        context = multiprocessing.get_context("forkserver") if workers else None
+        self._loader: DataLoader[Decoded] = DataLoader(
+            decoder,
+            batch_size=None,
+            sampler=self._requests,
+            num_workers=workers,
+            prefetch_factor=PREFETCHED_BATCHES if workers else None,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            multiprocessing_context=context,
+        )
+
+    def decode(self, requests: Iterable[Request]) -> Iterator[Decoded]:
+        """The answers, in the order of the requests."""
+        self._requests.current = requests
+        yield from self._loader

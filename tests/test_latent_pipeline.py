@@ -1,0 +1,57 @@
+"""The latent road end to end: images and a trained VAE to latents, a model, samples, pictures and numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from digits_vae import train_vae, write_digit_trees
+from PIL import Image
+
+from data_prep.digits import load_images, split
+from drwkv.data.manifest import read_manifest
+from drwkv.evaluation.protocol import LabelledImages, evaluate
+from drwkv.evaluation.sample_set import SampleSet
+from drwkv.latents import load_vae, vae_scaling
+
+
+def small_gray(images: np.ndarray) -> np.ndarray:
+    """uint8 (N, 32, 32, 3) -> (N, 8, 8, 1), as the digits were before they were made large."""
+    box = Image.Resampling.BOX
+    return np.stack([np.asarray(Image.fromarray(i).convert("L").resize((8, 8), box)) for i in images])[
+        ..., None
+    ]
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(1800)
+def test_digits_are_learnt_as_latents_of_a_trained_vae(tmp_path: Path, applications) -> None:
+    train, _ = write_digit_trees(tmp_path / "digits")
+    vae = train_vae(train, tmp_path / "vae", steps=1000)
+
+    # Encode.
+    latents, run, out = tmp_path / "latents", tmp_path / "run", tmp_path / "samples"
+    options = ["resolution=32", "flip=false", "samples_per_shard=256", "workers=1"]
+    applications.run("-m", "data_prep.encode", f"source={train}", f"vae={vae}", f"out={latents}", *options)
+    manifest = read_manifest(latents)
+    assert manifest.sample_shape == (8, 8, 8) and manifest.num_classes == 10
+    assert (manifest.scale, manifest.shift) == vae_scaling(load_vae(str(vae)))
+
+    # Train and sample.
+    config = ["--config", "configs/digits.yaml", f"run.folder={run}", f"data.paths=[{latents}]"]
+    training = ["model.in_channels=4", "monitor.grid_every_steps=0", "run.total_steps=1500"]
+    applications.run("train_dist.py", *config, *training, world_size=2)
+    sampling = ["--config", "configs/digits_sample.yaml", f"checkpoint={run}", f"out={out}"]
+    applications.run("sample_dist.py", *sampling, "sampler.clip_denoised=false", world_size=2)
+
+    # Measure, at the size and in the colours that the digits had.
+    images, labels = SampleSet(out, num_samples=1000, chunk=100).first(1000)
+    digits, classes = load_images()
+    parts = split(classes, test_fraction=0.2, seed=0)
+    real = [LabelledImages(digits[part].transpose(0, 2, 3, 1), classes[part]) for part in parts]
+    found = evaluate(LabelledImages(small_gray(images), labels), *real).metrics
+    print({name: round(metric.value, 4) for name, metric in found.items()}, out / "grid.png")
+    assert found["class_agreement"].value >= 0.85
+    assert found["recall"].value >= 0.4
+    assert found["identical_images"].value == 0
