@@ -6,8 +6,9 @@ epoch. The p-th sample comes from stream p mod C, at its position p div C. Insid
 of shards are permuted, and the samples inside windows of W positions by a keyed Feistel permutation, so a
 batch that is sorted by stream reads few shards and every sample comes up once an epoch.
 
-Here: the order of one set, of a mixture of sets, and the cut of a global batch into the ranks' pieces.
-Not here: reading a sample (shards.py), and batches, threads and flips (loader.py).
+Here: the order of one set, of a mixture of sets, when each shard is needed next, and the cut of a global
+batch into the ranks' pieces. Not here: which samples a set has (selection.py), reading one (shards.py), and
+batches, threads and flips (loader.py).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ Words = npt.NDArray[np.uint64]
 _SHARDS, _SPANS, _WINDOWS, _BLOCKS = range(4)  # first word of a key: what is permuted
 _GOLDEN = 0x9E3779B97F4A7C15
 _CACHED_EPOCHS = 4
+NEVER = np.iinfo(np.int64).max  # the next use of a shard that has none
 _SMALL_DOMAIN, _SMALL_ROUNDS, _ROUNDS = 64, 24, 8  # a round on digits of few values mixes little
 
 
@@ -75,18 +77,19 @@ class Order:
         if not (1 <= streams < 1 << 31 and 1 <= window < 1 << 32):
             raise ValueError(f"Order: streams is {streams} and window {window}, give 1 or more for both")
         self.seed, self.streams, self.window = seed, streams, window
-        self.num_samples = int(sizes.sum(dtype=np.int64))
+        self.num_samples, self.num_shards = int(sizes.sum(dtype=np.int64)), len(sizes)
 
         # Cut the permuted shards at the bounds of streams: C + 1 bounds, of which many meet if C > M.
-        shard_first = _starts(sizes)
+        shard_first = starts(sizes)
         shards = _shuffled(len(sizes), key64(seed, Purpose.ORDER, _SHARDS))
-        shard_at = _starts(sizes[shards])
+        shard_at = starts(sizes[shards])
         c = np.arange(streams + 1, dtype=np.int64)
         self._stream_at = c * (self.num_samples // streams) + np.minimum(c, self.num_samples % streams)
         self._span_at = np.unique(np.concatenate([shard_at, self._stream_at[:-1]]))
         self._span_at = self._span_at[self._span_at < self.num_samples]
         holder = np.searchsorted(shard_at, self._span_at, "right") - 1
-        self._span_first = shard_first[shards[holder]] + self._span_at - shard_at[holder]
+        self._span_shard = shards[holder]
+        self._span_first = shard_first[self._span_shard] + self._span_at - shard_at[holder]
         self._span_size = np.diff(self._span_at, append=self.num_samples)
         self._span_stream = np.searchsorted(self._stream_at, self._span_at, "right") - 1
         self._plan = functools.lru_cache(_CACHED_EPOCHS)(self._plan_epoch)
@@ -110,13 +113,38 @@ class Order:
         """n (N,) int64 >= 0 -> (N,) the stream, 0 to C - 1, that each comes from."""
         return _counters(n) % self.num_samples % self.streams
 
+    def next_uses(self, n: int, streams: npt.NDArray[np.integer] | None = None) -> Ints:
+        """When each shard may be touched next: (num_shards,) the least counter >= n, NEVER where there is none.
+
+        Exact to the window: inside one any sample may come at any place, so its shards count as in use from its
+        first counter to its last. `streams`, such as streams_of_rank gives, restricts this to what they read;
+        None: all. The shard to let go of, where room is short, is the one with the greatest.
+        """
+        _counters(np.array([n]))
+        uses = np.full(self._span_shard.max() + 1, NEVER)
+        stream = self._span_stream  # spans are permuted inside their stream, so this holds in every epoch
+        wanted = np.ones(len(stream), bool) if streams is None else np.isin(stream, streams)
+        # A stream touches each of its shards in every epoch, so none waits longer than into the next.
+        epoch = n // self.num_samples
+        for e in (epoch, epoch + 1):
+            _, spans, span_at, _ = self._plan(e)
+            first_q = span_at - self._stream_at[stream]
+            last_q = first_q + self._span_size[spans] - 1
+            opens_q = first_q // self.window * self.window
+            closes_q = np.minimum((last_q // self.window + 1) * self.window, np.diff(self._stream_at)[stream])
+            at_0 = e * self.num_samples + stream  # the counter of the stream's position 0
+            q = np.maximum(opens_q, -((at_0 - n) // self.streams))
+            usable = wanted & (q < closes_q)
+            np.minimum.at(uses, self._span_shard[spans[usable]], (at_0 + q * self.streams)[usable])
+        return uses
+
     def locate(self, n: npt.NDArray[np.integer]) -> tuple[Ints, Ints]:
         """As Mixture.locate, for a mixture of this set alone: zeros, and the sample ids."""
         ids = self.sample_ids(n)
         return np.zeros_like(ids), ids
 
     def _ids_in_epoch(self, epoch: int, p: Ints) -> Ints:
-        epoch_key, span_at, span_shift = self._plan(epoch)
+        epoch_key, _, span_at, span_shift = self._plan(epoch)
         q = p // self.streams
         stream = p - q * self.streams
         w = q // self.window
@@ -127,13 +155,13 @@ class Order:
         at = start + window_at + permute(q - window_at, size, key)
         return at + span_shift[np.searchsorted(span_at, at, "right") - 1]
 
-    def _plan_epoch(self, epoch: int) -> tuple[np.uint64, Ints, Ints]:
-        """The epoch's window key, where its spans start, and what turns a position into a sample id."""
-        span_keys = _keys(len(self._span_at), key64(self.seed, Purpose.ORDER, _SPANS, epoch))
+    def _plan_epoch(self, epoch: int) -> tuple[np.uint64, Ints, Ints, Ints]:
+        """The epoch's window key, its spans as they come, their starts, and what makes a position a sample id."""
+        span_keys = sort_keys(len(self._span_at), key64(self.seed, Purpose.ORDER, _SPANS, epoch))
         spans = np.lexsort((span_keys, self._span_stream))
-        span_at = _starts(self._span_size[spans])
+        span_at = starts(self._span_size[spans])
         window_key = np.uint64(key64(self.seed, Purpose.ORDER, _WINDOWS, epoch))
-        return window_key, span_at, self._span_first[spans] - span_at
+        return window_key, spans, span_at, self._span_first[spans] - span_at
 
 
 class Mixture:
@@ -162,8 +190,10 @@ class Mixture:
             k = int(counts.argmin())
             raise ValueError(f"Mixture: set {k}, weight {weights[k]}, has no slot of {block}, raise block")
         self.orders, self.block, self.counts = tuple(orders), block, counts
-        self._slot_at = _starts(counts)
-        self._stream_at = _starts(np.array([order.streams for order in orders]))
+        self.num_samples = sum(order.num_samples for order in orders)
+        self.num_shards = sum(order.num_shards for order in orders)
+        self._slot_at = starts(counts)
+        self._stream_at = starts(np.array([order.streams for order in orders]))
         self._key = np.uint64(key64(seed, Purpose.ORDER, _BLOCKS))
 
     def counters(self, n: npt.NDArray[np.integer]) -> tuple[Ints, Ints]:
@@ -191,6 +221,15 @@ class Mixture:
             streams[k == i] += order.streams_of(own_n[k == i])
         return streams
 
+    def next_uses(self, n: int, streams: npt.NDArray[np.integer] | None = None) -> Ints:
+        """As Order.next_uses, where shards, like streams, are numbered set after set; exact to the block, too."""
+        b = n // self.block
+        uses = []
+        for order, count, stream_at in zip(self.orders, self.counts.tolist(), self._stream_at, strict=True):
+            own_n = order.next_uses(b * count, None if streams is None else streams - stream_at)
+            uses.append(np.where(own_n == NEVER, NEVER, np.maximum(n, own_n // count * self.block)))
+        return np.concatenate(uses)
+
 
 def cut(
     n0: int, batch_size: int, streams: npt.NDArray[np.integer], world_size: int, rank: int, accumulate: int
@@ -211,6 +250,23 @@ def cut(
     n = n0 + np.argsort(streams, kind="stable")
     bounds = [i * batch_size // pieces for i in range(rank * accumulate, (rank + 1) * accumulate + 1)]
     return [n[start:end] for start, end in itertools.pairwise(bounds)]
+
+
+def streams_of_rank(
+    order: Order | Mixture, n: int, batch_size: int, world_size: int, rank: int, *, num_batches: int
+) -> Ints:
+    """The streams, rising, that `cut` gives a rank in the next `num_batches` global batches from `n` on.
+
+    Exact, by looking at each batch, about 20 us for one of 512 (of a mixture, 200). A node of L ranks is
+    rank `node` of world_size / L. A set's boundaries between ranks repeat within C batches, and stand still
+    where C divides the batch; only a batch over the end of an epoch differs.
+    """
+    seen = []
+    for n0 in range(n, n + num_batches * batch_size, batch_size):
+        streams = order.streams_of(np.arange(n0, n0 + batch_size))
+        (mine,) = cut(n0, batch_size, streams, world_size, rank, accumulate=1)
+        seen.append(np.unique(streams[mine - n0]))
+    return np.unique(np.concatenate(seen))
 
 
 def _walk(position: Words, size: Words, key: Words, rounds: int) -> Words:
@@ -249,16 +305,18 @@ def _mix(x: Words) -> Words:
     return x
 
 
-def _keys(size: int, key: int) -> Words:
+def sort_keys(size: int, key: int) -> Words:
+    """(size,) keys to sort by, all different, each a function of its place and the 64-bit `key`."""
     return _mix(np.arange(size, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(key))
 
 
 def _shuffled(size: int, key: int) -> Ints:
     """A keyed permutation of range(size) as a table, for what has a table anyway."""
-    return np.argsort(_keys(size, key))
+    return np.argsort(sort_keys(size, key))
 
 
-def _starts(sizes: npt.NDArray[np.integer]) -> Ints:
+def starts(sizes: npt.NDArray[np.integer]) -> Ints:
+    """Where each of several runs laid end to end begins: the sums of the sizes before it."""
     return np.cumsum(sizes, dtype=np.int64) - sizes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import tracemalloc
 
@@ -11,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from drwkv.data.order import Mixture, Order, cut, permute
+from drwkv.data.order import NEVER, Mixture, Order, cut, permute, streams_of_rank
 
 few = settings(deadline=None, max_examples=60, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)
 layouts = st.lists(st.integers(1, 60), min_size=1, max_size=12)
 stream_counts = st.integers(1, 90)
 windows = st.one_of(st.integers(1, 40), st.just(8192))
+
+small_layouts = st.lists(st.integers(1, 25), min_size=1, max_size=7)
 
 IMAGENET = 1_281_167
 IMAGENET_SHARDS = np.full(1252, IMAGENET // 1252)
@@ -30,6 +33,23 @@ def epoch_of(order, epoch):
 
 def is_bijection(ids, size):
     return len(ids) == size and bool((np.bincount(ids, minlength=size) == 1).all())
+
+
+def in_use(order, sizes, num, streams=None):
+    """(num, shards) bool: at each n, the shards that the n of its window read; by reading every sample."""
+    n = np.arange(num)
+    epoch, p = np.divmod(n, order.num_samples)
+    stream, q = p % order.streams, p // order.streams
+    _, window = np.unique(np.stack([epoch, stream, q // order.window]), axis=1, return_inverse=True)
+    used = np.zeros((window.max() + 1, len(sizes)), bool)
+    used[window, np.repeat(np.arange(len(sizes)), sizes)[order.sample_ids(n)]] = True
+    return used[window] if streams is None else used[window] & np.isin(stream, streams)[:, None]
+
+
+def first_uses(used):
+    """Of in_use, for each n: the first n' >= n at which each shard is in use."""
+    uses = np.where(used, np.arange(len(used))[:, None], NEVER)
+    return np.minimum.accumulate(uses[::-1])[::-1]
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +297,106 @@ def test_accumulation_does_not_change_what_a_rank_reads(world, accumulate, n0):
 
 
 @few
+@given(sizes=small_layouts, seed=seeds, streams=st.integers(1, 30), window=windows, data=st.data())
+def test_the_next_use_of_each_shard_is_the_first_counter_of_a_window_that_reads_it(
+    sizes, seed, streams, window, data
+):
+    order = Order(sizes, seed=seed, streams=streams, window=window)
+    some = data.draw(st.none() | st.lists(st.integers(0, streams - 1), max_size=4))
+    some = None if some is None else np.array(some, int)
+    expected = first_uses(in_use(order, sizes, 4 * order.num_samples, some))
+    for n in range(2 * order.num_samples + 1):
+        assert np.array_equal(order.next_uses(n, some), expected[n])
+
+
+@few
+@given(
+    layouts=st.lists(small_layouts, min_size=1, max_size=3), seed=seeds, block=st.integers(12, 40), data=st.data()
+)  # fmt: skip
+def test_the_next_uses_of_a_mixture_are_those_of_its_sets_by_whole_blocks(layouts, seed, block, data):
+    orders = [Order(sizes, seed=seed, streams=4 + i, window=5) for i, sizes in enumerate(layouts)]
+    mixture = Mixture(orders, [1 + i for i in range(len(orders))], seed=seed, block=block)
+    all_streams = sum(order.streams for order in orders)
+    some = np.array(data.draw(st.lists(st.integers(0, all_streams - 1), min_size=1)))
+    num_blocks = 2 + max(
+        3 * o.num_samples // count for o, count in zip(orders, mixture.counts.tolist(), strict=True)
+    )
+    of_block, first_stream = [], 0
+    for order, sizes, count in zip(orders, layouts, mixture.counts, strict=True):
+        used = in_use(order, sizes, num_blocks * count, some - first_stream)
+        of_block.append(used.reshape(num_blocks, count, -1).any(axis=1))
+        first_stream += order.streams
+    used = np.repeat(np.concatenate(of_block, axis=1), block, axis=0)
+    assert mixture.num_shards == used.shape[1]
+    expected = first_uses(used)
+    for n in np.random.default_rng(seed).integers(0, (num_blocks // 3 + 1) * block, 50).tolist():
+        assert np.array_equal(mixture.next_uses(n, some), expected[n])
+
+
+@few
+@given(
+    seed=seeds, n=st.integers(0, 10**6), world=st.integers(1, 5), extra=st.integers(0, 40), mixed=st.booleans(),
+)  # fmt: skip
+def test_a_rank_reads_only_its_streams_and_no_shard_before_its_next_use(seed, n, world, extra, mixed):
+    layouts = [[11, 30, 25], [40, 9]] if mixed else [[11, 30, 25]]
+    orders = [Order(sizes, seed=seed, streams=8, window=6) for sizes in layouts]
+    order = Mixture(orders, [2, 1], seed=seed, block=30) if mixed else orders[0]
+    batch_size, num_batches = world + extra, 12
+    counters = np.arange(n, n + num_batches * batch_size)
+    streams, (which, ids) = order.streams_of(counters).tolist(), order.locate(counters)
+    first_row, first_shard = np.array([0, 66])[which], np.cumsum([0, *itertools.chain(*layouts)])
+    shards = np.searchsorted(first_shard, ids + first_row, "right") - 1
+    for rank in range(world):
+        mine = streams_of_rank(order, n, batch_size, world, rank, num_batches=num_batches)
+        uses = order.next_uses(n, mine)
+        seen = set()
+        for start in range(0, len(counters), batch_size):
+            by_stream = sorted(range(start, start + batch_size), key=lambda i: (streams[i], i))
+            for i in by_stream[rank * batch_size // world : (rank + 1) * batch_size // world]:
+                seen.add(streams[i])
+                assert n <= uses[shards[i]] <= counters[i]
+        assert mine.tolist() == sorted(seen)
+
+
+def test_the_streams_of_a_node_are_those_of_its_ranks(imagenet):
+    for n in (0, IMAGENET - 3000):
+        ranks = [streams_of_rank(imagenet, n, 500, 16, rank, num_batches=9) for rank in range(16)]
+        for node in range(4):
+            together = np.unique(np.concatenate(ranks[4 * node : 4 * node + 4]))
+            assert streams_of_rank(imagenet, n, 500, 4, node, num_batches=9).tolist() == together.tolist()
+    assert streams_of_rank(imagenet, 0, 512, 16, 3, num_batches=256).tolist() == [12, 13, 14, 15]
+
+
+def test_a_cache_that_keeps_what_is_needed_soonest_fetches_each_shard_once_an_epoch():
+    """16 shards of 100 a rank, of which two windows hold 8: room for 10 is enough, and the rule finds it."""
+    sizes = np.full(64, 100)
+    order = Order(sizes, seed=2, streams=8, window=200)
+    cached, fetched = set(), []
+    for n0 in range(0, 6400, 32):
+        mine = streams_of_rank(order, n0, 32, 4, 1, num_batches=8)
+        (n,) = cut(n0, 32, order.streams_of(np.arange(n0, n0 + 32)), 4, 1, 1)
+        uses = order.next_uses(n0, mine)
+        for shard in np.unique(order.sample_ids(n) // 100).tolist():
+            if shard not in cached:
+                fetched.append(shard)
+                cached.add(shard)
+            if len(cached) > 10:
+                cached.remove(max(cached, key=lambda s: uses[s]))
+    assert len(fetched) == len(set(fetched)) and 16 <= len(fetched) <= 18
+
+
+@pytest.mark.parametrize("num_shards, limit_sec", [(1252, 0.010), (12_000, 0.1)])
+def test_the_next_uses_of_all_shards_are_found_in_milliseconds(num_shards, limit_sec):
+    order = Order(np.full(num_shards, 1023), seed=1)
+    seconds = []
+    for epoch in range(5):
+        start_sec = time.perf_counter()
+        order.next_uses(epoch * 2 * order.num_samples + 12345)  # two epochs that were not planned before
+        seconds.append(time.perf_counter() - start_sec)
+    assert min(seconds) < limit_sec
+
+
+@few
 @given(
     weights=st.lists(st.floats(0.05, 1), min_size=1, max_size=4), seed=seeds, block=st.integers(80, 200),
     first=st.integers(0, 10**9),
@@ -340,6 +460,8 @@ def test_equal_remainders_go_to_the_first_sets():
         (lambda: Order([3], seed=0).sample_ids(np.array([4, -2])), "-2"),
         (lambda: Order([3], seed=0).sample_ids(np.array([0.5])), "float64"),
         (lambda: Order([3], seed=0).streams_of(np.array([[1]])), r"\(1, 1\)"),
+        (lambda: Order([3], seed=0).next_uses(-1), "-1"),
+        (lambda: streams_of_rank(Order([3], seed=0), 0, 8, 4, 4, num_batches=1), "rank 4 of 4"),
         (lambda: Mixture([], [], seed=0), "0 sets"),
         (lambda: Mixture([Order([3], seed=0)], [1, 2], seed=0), "1 sets"),
         (lambda: Mixture([Order([3], seed=0)], [0.0], seed=0), r"\[0.0\]"),
