@@ -20,7 +20,7 @@ import webdataset
 from faulty_proxy import Fault
 from image_trees import write_ilsvrc_tars, write_image_folder
 from PIL import Image
-from processes import ROOT
+from processes import ROOT, Applications
 from small_disk import on_small_disk
 from small_vae import save_small_vae
 
@@ -86,26 +86,50 @@ def undisturbed(tree, vae, tmp_path_factory, applications) -> Path:
     return out
 
 
+def encode_under_kills(
+    command: list[str], applications: Applications, *, num_processes: int, num_kills: int, most_sec: float
+) -> None:
+    """Keep `num_processes` running and kill one after another at random moments; all end well."""
+    chance = random.Random(num_processes)
+    workers = [applications.start(*command) for _ in range(num_processes)]
+    kills_at_work = 0
+    for _ in range(num_kills):
+        time.sleep(chance.uniform(0.0, most_sec))
+        victim = chance.randrange(num_processes)
+        kills_at_work += workers[victim].running()
+        workers[victim].kill(signal.SIGKILL)
+        workers[victim].wait()
+        workers[victim] = applications.start(*command)
+    for worker in workers:
+        assert worker.wait().codes == [0], worker.log.read_text()
+    assert kills_at_work >= num_kills // 2, "the set was whole before the killing ended: make it larger"
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("layout", "num_processes"), [("folder", 2), ("ilsvrc", 3)])
 def test_processes_killed_at_random_moments_leave_the_bytes_of_an_undisturbed_one(
     layout, num_processes, undisturbed, tree, ilsvrc, vae, tmp_path, applications
 ):
     source, out = {"folder": tree, "ilsvrc": ilsvrc}[layout], tmp_path / "set"
-    command, chance = arguments(source, vae, out), random.Random(num_processes)
-    start = lambda: applications.start(*command)  # noqa: E731
-    workers, kills_at_work = [start() for _ in range(num_processes)], 0
-    for _ in range(NUM_KILLS):
-        time.sleep(chance.uniform(0.0, 1.5))
-        victim = chance.randrange(num_processes)
-        kills_at_work += workers[victim].running()
-        workers[victim].kill(signal.SIGKILL)
-        workers[victim].wait()
-        workers[victim] = start()
-    for worker in workers:
-        assert worker.wait().codes == [0], worker.log.read_text()
-    assert kills_at_work >= NUM_KILLS // 2, "the set was whole before the killing ended: make it larger"
+    command = arguments(source, vae, out, workers=num_processes - 2)
+    encode_under_kills(command, applications, num_processes=num_processes, num_kills=NUM_KILLS, most_sec=1.5)
     assert bytes_of(out) == bytes_of(undisturbed)
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(1800)
+def test_twenty_thousand_images_from_folder_and_tars_are_the_same_bytes_through_forty_kills(
+    vae, tmp_path, applications
+):
+    write_image_folder(tmp_path / "tree", 20_000, num_classes=100, seed=3)
+    tars = write_ilsvrc_tars(tmp_path / "tree", tmp_path / "ilsvrc")
+    options: dict[str, object] = {"samples_per_shard": 256, "batch": 32}
+    applications.run(*arguments(tmp_path / "tree", vae, tmp_path / "undisturbed", **options))
+    for source, num_processes in ((tmp_path / "tree", 2), (tars, 3)):
+        out = tmp_path / f"set-{num_processes}"
+        command = arguments(source, vae, out, **options)
+        encode_under_kills(command, applications, num_processes=num_processes, num_kills=20, most_sec=8.0)
+        assert bytes_of(out) == bytes_of(tmp_path / "undisturbed")
 
 
 def reference_moments(tree: Path, vae_folder: Path, names: list[str], *, mirrored: bool) -> np.ndarray:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from processes import ROOT
+from s3_server import NEEDS_S3
 
 from data_prep.leases import Leases
 from drwkv.storage import Storage, open_storage
@@ -26,7 +27,7 @@ with Leases(open_storage(sys.argv[1]), "claims", lease_sec=60) as leases:
 """
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=["folder", pytest.param("s3", marks=NEEDS_S3)])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     if request.param == "folder":
         return open_storage(tmp_path)
