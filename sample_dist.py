@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from drwkv import command, latents
-from drwkv.config import SampleConfig, check_sample, load
+from drwkv.compose import load
+from drwkv.config import SampleConfig, check_sample
 from drwkv.data.shards import ShardSet
 from drwkv.diffusion.gaussian import GaussianProcess
 from drwkv.evaluation.pictures import save_grid

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from drwkv import command
-from drwkv.config import TrainConfig, check_ranks, check_train, identity, load
+from drwkv.compose import load
+from drwkv.config import TrainConfig, check_ranks, check_train, identity
 from drwkv.data.loader import Batch, Data, open_data
 from drwkv.diffusion.gaussian import GaussianProcess
 from drwkv.models.config import from_config

@@ -41,7 +41,7 @@ from data_prep.leases import Leases, wait_sec
 from data_prep.sources import Source, StoredLatents, open_source
 from data_prep.writer import CLAIMS, ShardSetWriter, Skipped
 from drwkv import command
-from drwkv.config import load
+from drwkv.compose import load
 from drwkv.data.manifest import Manifest
 
 log = logging.getLogger("drwkv")

@@ -93,7 +93,7 @@ def hash_weights(module: nn.Module) -> str:
 
 
 def check_weights(vae: nn.Module, expected: str, *, path: str, where: str) -> None:
-    """ValueError in one line unless `vae`, loaded from `path` in float32, has the weights that `where` was made with."""
+    """ValueError in one line unless `vae`, loaded from `path` in float32, is the one that made `where`."""
     found = hash_weights(vae)
     if found != expected:
         raise ValueError(

@@ -9,7 +9,8 @@ from processes import Applications
 
 import train_dist
 from drwkv import command
-from drwkv.config import SampleConfig, TrainConfig, check_sample, check_train, dump, load, read_dumped
+from drwkv.compose import dump, load, read_dumped
+from drwkv.config import SampleConfig, TrainConfig, check_sample, check_train
 
 
 def write(tmp_path: Path, text: str) -> Path:

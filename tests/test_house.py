@@ -211,7 +211,7 @@ ALLOWED_IMPORTS = [
         "from .op import bi_wkv\nfrom drwkv.kernels import bench\nfrom .. import bench",
     ),
     ("data_prep/digits.py", "from data_prep.writer import ShardSetWriter\nfrom drwkv import rng"),
-    ("train_dist.py", "from drwkv.config import load"),
+    ("train_dist.py", "from drwkv.compose import load"),
     ("launchers/job.py", "import train_dist, data_prep.digits, drwkv.config\nfrom launchers import slurm"),
     (
         "tests/test_rng.py",

@@ -41,9 +41,11 @@ def test_digits_are_learnt_as_latents_of_a_trained_vae(tmp_path: Path, applicati
     # Train and sample.
     config = ["--config", "configs/digits.yaml", f"run.folder={run}", f"data.paths=[{latents}]"]
     training = ["model.in_channels=4", "monitor.grid_every_steps=0", "run.total_steps=1500"]
-    applications.run("train_dist.py", *config, *training, world_size=2)
+    applications.run("train_dist.py", *config, *training, world_size=2, timeout_sec=1000)
     sampling = ["--config", "configs/digits_sample.yaml", f"checkpoint={run}", f"out={out}"]
-    applications.run("sample_dist.py", *sampling, "sampler.clip_denoised=false", world_size=2)
+    applications.run(
+        "sample_dist.py", *sampling, "sampler.clip_denoised=false", world_size=2, timeout_sec=1000
+    )
 
     # Measure, at the size and in the colours that the digits had.
     images, labels = SampleSet(out, num_samples=1000, chunk=100).first(1000)

@@ -18,7 +18,8 @@ from pathlib import Path, PurePath
 
 import pytest
 
-from drwkv.config import SampleConfig, TrainConfig, load
+from drwkv.compose import load
+from drwkv.config import SampleConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -2,15 +2,19 @@
 
 from torch import nn
 
-from drwkv.parallel.ddp import DdpEngine
 from drwkv.parallel.distributed import World, session
 from drwkv.parallel.engine import Engine, MakeOptimizer, ParallelConfig
-from drwkv.parallel.fsdp import FsdpEngine
 
 __all__ = ["Engine", "ParallelConfig", "World", "session", "wrap"]
 
 
 def wrap(model: nn.Module, make_optimizer: MakeOptimizer, config: ParallelConfig, world: World) -> Engine:
     """The engine that `config.engine` names, around `model`, which is moved and wrapped in place."""
-    engines: dict[str, type[DdpEngine] | type[FsdpEngine]] = {"ddp": DdpEngine, "fsdp": FsdpEngine}
-    return engines[config.engine](model, make_optimizer, config, world)
+    # Imported when one is chosen: FSDP alone takes half a second, in every process, of data_prep too.
+    if config.engine == "ddp":
+        from drwkv.parallel.ddp import DdpEngine
+
+        return DdpEngine(model, make_optimizer, config, world)
+    from drwkv.parallel.fsdp import FsdpEngine
+
+    return FsdpEngine(model, make_optimizer, config, world)

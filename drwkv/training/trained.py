@@ -9,7 +9,8 @@ from typing import cast
 
 from torch import nn
 
-from drwkv.config import TrainConfig, read_dumped
+from drwkv.compose import read_dumped
+from drwkv.config import TrainConfig
 from drwkv.convert import build
 from drwkv.data.manifest import Manifest
 from drwkv.diffusion.gaussian import GaussianConfig

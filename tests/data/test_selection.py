@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drwkv.config import TrainConfig, load
+from drwkv.compose import load
+from drwkv.config import TrainConfig
 from drwkv.data.loader import DataConfig, open_data
 from drwkv.data.order import NEVER, Mixture, Order
 from drwkv.data.selection import SelectedOrder, SelectionConfig, select

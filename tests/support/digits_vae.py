@@ -28,7 +28,7 @@ def write_digit_trees(root: Path) -> tuple[Path, Path]:
 
 
 def train_vae(tree: Path, out: Path, *, steps: int, seed: int = 0) -> Path:
-    """Train on the PNGs of `tree` and save to `out`, with the scale in its config that gives latents a deviation of 1."""
+    """Train on the PNGs of `tree`, save to `out`; the scale in its config gives latents a deviation of 1."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)

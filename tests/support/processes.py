@@ -94,9 +94,9 @@ class Applications:
         self.groups.append(Group(processes, log))
         return self.groups[-1]
 
-    def run(self, *arguments: str, world_size: int = 1) -> Finished:
+    def run(self, *arguments: str, world_size: int = 1, timeout_sec: float = 300.0) -> Finished:
         """Start and wait; fails the test, with the output, unless every rank exits with 0."""
-        finished = self.start(*arguments, world_size=world_size).wait()
+        finished = self.start(*arguments, world_size=world_size).wait(timeout_sec)
         assert finished.codes == [0] * world_size, (
             f"{arguments} ended with {finished.codes}:\n{finished.output}"
         )
