@@ -18,13 +18,14 @@ from pathlib import Path, PurePath
 
 import pytest
 
+from data_prep.encode import EncodeConfig
 from drwkv.compose import load
 from drwkv.config import SampleConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("configs/**/*.yaml"))
-SCHEMAS = {"train_dist.py": TrainConfig, "sample_dist.py": SampleConfig}
+SCHEMAS = {"train_dist.py": TrainConfig, "sample_dist.py": SampleConfig, "data_prep.encode": EncodeConfig}
 HEADER = ("Command", "Hardware", "Hours", "Expected")
 OTHER_PROGRAMS = {"cd", "git", "source", "tensorboard"}  # not ours to check
 LINK = re.compile(r"\]\(([^)\s]+)|<(?:img|a)\s[^>]*?(?:src|href)=\"([^\"]+)\"")
@@ -56,14 +57,17 @@ def complaint(words: Sequence[str], root: Path) -> str | None:
     if program not in ("python", "torchrun"):
         return None if program in OTHER_PROGRAMS else f"unknown program {program!r}"
     if "-m" in arguments:
-        module = arguments[arguments.index("-m") + 1]
-        return None if importlib.util.find_spec(module) else f"no module {module}"
-    script = next((word for word in arguments if word.endswith(".py")), None)
-    if script is None or not (root / script).is_file():
-        return f"no script {script}"
-    if script in SCHEMAS:
+        started = arguments[arguments.index("-m") + 1]
+        if importlib.util.find_spec(started) is None:
+            return f"no module {started}"
+    else:
+        scripts = [word for word in arguments if word.endswith(".py")]
+        started = scripts[0] if scripts else "at all"
+        if not (root / started).is_file():
+            return f"no script {started}"
+    if started in SCHEMAS:
         try:
-            load(SCHEMAS[script], arguments[arguments.index(script) + 1 :])
+            load(SCHEMAS[started], arguments[arguments.index(started) + 1 :])
         except (ValueError, FileNotFoundError) as error:
             return str(error)
     return None
@@ -154,6 +158,8 @@ def test_every_config_loads_by_the_command_that_opens_it(
         ("python -m data_prep.digit demo/shards", "no module data_prep.digit"),
         ("python -m data_prep.digits demo/shards", None),
         ("torchrun --standalone --nproc-per-node 2 train.py", "no script train.py"),
+        ("python -m data_prep.encode sauce=x out=y", "unknown config key 'sauce'"),
+        ("python -m data_prep.encode source=x out=y", None),
         ("python train_dist.py run.seeed=1", "unknown config key 'run.seeed'"),
         ("python train_dist.py --config configs/none.yaml", "configs/none.yaml: no such file"),
         ("python train_dist.py run.seed=1", None),
