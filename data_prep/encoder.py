@@ -116,7 +116,10 @@ class VaeEncoder:
         moments = [_to_float16(self._vae.encode(view).latent_dist.parameters) for view in views]
         ready = None
         if self._device.type == "cuda":
-            moments = [m.to("cpu", non_blocking=True) for m in moments]
+            moments = [
+                torch.empty_like(m, device="cpu", pin_memory=True).copy_(m, non_blocking=True)
+                for m in moments
+            ]
             ready = torch.cuda.Event()
             ready.record()
 
