@@ -108,17 +108,18 @@ def loader_rate(path: str, *, batch_size: int = BATCH, workers: int = 0, rounds:
         batches.close()
 
 
-def webdataset_rate(path: str, *, batch_size: int = BATCH, rounds: int = ROUNDS) -> float:
-    """Samples a second of webdataset's reader, in the tars' own order, as batch tensors."""
+def webdataset_batches(path: str, batch_size: int) -> Iterator[torch.Tensor]:
+    """The moments of whole batches in the tars' own order, by webdataset's reader, epoch after epoch."""
     tars = sorted(map(str, Path(path).glob("*.tar")))
+    for _ in itertools.count():
+        samples = webdataset.WebDataset(tars, shardshuffle=False).decode().to_tuple("moments.npy", "cls")
+        for x, _ in samples.batched(batch_size, partial=False):
+            yield torch.from_numpy(x)
 
-    def batches() -> Iterator[torch.Tensor]:
-        for _ in itertools.count():
-            samples = webdataset.WebDataset(tars, shardshuffle=False).decode().to_tuple("moments.npy", "cls")
-            for x, _ in samples.batched(batch_size, partial=False):
-                yield torch.from_numpy(x)
 
-    return best_rate(batches(), batch_size, rounds=rounds)
+def webdataset_rate(path: str, *, batch_size: int = BATCH, rounds: int = ROUNDS) -> float:
+    """Samples a second of those."""
+    return best_rate(webdataset_batches(path, batch_size), batch_size, rounds=rounds)
 
 
 def rate_of_processes(path: str, cores: Sequence[int]) -> float:

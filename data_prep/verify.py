@@ -1,103 +1,219 @@
 """Is a shard set what it says? Reads every byte of it and compares with index and manifest.
 
-    python -m data_prep.verify SET
+    python -m data_prep.verify SET [--jobs N] [--max-latent X] [--sheet PNG [--vae VAE] [--seed N]]
 
-Checked: manifest and index hashes, sizes, each tar's members, labels and checksums against the index, label
-range, npy headers, that floats are finite, the source list. Prints a summary; trouble is one line that names
-shard and sample, and exit code 2.
+SET is a folder or s3://bucket/prefix, of which each tar is streamed once. Checked: manifest and index hashes, sizes,
+each tar's members, labels and checksums against the index, label range, npy headers, that values are finite and in the
+range of latents, the source list. Prints a summary, and mean and standard deviation of each channel; --sheet draws
+random samples, decoded. All broken samples are found: the first 20 are told in full, the rest counted, and the exit
+code is 2. One shard's check is shard_check.py's.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-from collections.abc import Sequence
+import multiprocessing
+import operator
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from data_prep.index import index_tar
+from data_prep.shard_check import KEPT_PROBLEMS, Limits, ShardJob, ShardReport, check_shard
+from data_prep.stored_set import StoredSet
 from drwkv import command
 from drwkv.data import manifest as layout
-from drwkv.data.shards import ShardSet
 
-_BATCH = 1024  # samples in memory at once
+MAX_LATENT = 50.0  # in the model's units, where latents have a standard deviation of about 1
 
 
-def verify(path: str) -> str:
-    """A summary of the set in folder `path`; ValueError naming shard and sample when it is not sound."""
-    shards = ShardSet.open(path)
-    counts = np.zeros(max(shards.num_classes, 1), np.int64)
-    total, total_squares, first = 0.0, 0.0, 0
-    for shard, name in enumerate(shards.shard_names):
-        _compare_with_tar(shards, shard, first)
-        for at in range(first, first + int(shards.shard_sizes[shard]), _BATCH):
-            ids = np.arange(at, min(at + _BATCH, first + int(shards.shard_sizes[shard])))
-            for copy in range(len(shards.manifest.members)):
-                x, y = shards.read(ids, np.full(len(ids), copy == 1))
-                _check_finite(x, ids, f"{path}: {name}", shards.manifest.members[copy])
-                if copy == 0:
-                    counts += np.bincount(y, minlength=len(counts))
-                    total += x.sum(dtype=np.float64)
-                    total_squares += np.square(x, dtype=np.float64).sum()
-        first += int(shards.shard_sizes[shard])
-    _check_sources(shards)
-    num_values = shards.num_samples * int(np.prod(shards.sample_shape))
-    mean = total / num_values
-    std = max(total_squares / num_values - mean**2, 0.0) ** 0.5
-    m = shards.manifest
-    shape = "x".join(str(size) for size in shards.sample_shape)
-    spread = f"{counts.min()} to {counts.max()} each" if m.num_classes else "unlabelled"
-    return (
-        f"{path}: sound: {shards.num_samples} samples in {len(shards.shard_names)} shards, "
-        f"{m.kind} {shape} {m.dtype}, {m.num_classes} classes, {spread}, "
-        f"mean {mean:.4g}, std {std:.4g}, index {shards.index_hash[:12]}"
+class BrokenSetError(ValueError):
+    """A set that is not what it says; `problems` holds the first of all that was found, one line each."""
+
+    def __init__(self, message: str, problems: list[str]) -> None:
+        super().__init__(message)
+        self.problems = problems
+
+
+def verify(path: str, *, jobs: int = 1, max_latent: float = MAX_LATENT) -> str:
+    """A summary of the set at `path`, its first line all that most want to know.
+
+    jobs: processes that read shards. max_latent: the largest |latent| that is allowed, in the model's units.
+    Raises BrokenSetError naming shard and sample when the set is not sound.
+    """
+    from drwkv.latents import LOG_VARIANCE_RANGE  # torch, which the processes that read shards do without
+
+    stored = StoredSet(path)
+    limits = Limits(max_latent, LOG_VARIANCE_RANGE)
+    sources, source_problems = _read_sources(stored)
+    report = _sum(list(_reports(stored, sources, jobs, limits)))
+    problems = [*report.problems, *source_problems][:KEPT_PROBLEMS]
+    if num_problems := report.num_problems + len(source_problems):
+        more = f", and {num_problems - 1} more" if num_problems > 1 else ""
+        remedy = stored.remedy if report.num_problems else "restore that file, or write the set again"
+        raise BrokenSetError(f"{problems[0]}{more}; {remedy}", problems)
+    return "\n".join(
+        [_first_line(stored, report), *_notes(stored, report, limits), *_channel_lines(stored, report)]
     )
 
 
-def _compare_with_tar(shards: ShardSet, shard: int, first: int) -> None:
-    """The index rows made anew from the tar are those of the index."""
-    name = shards.shard_names[shard]
-    rows = shards.rows_of(shard)
-    _, found = index_tar(Path(shards.path) / name, shard=shard, members=shards.manifest.members)
-    if len(found) != len(rows):
-        raise ValueError(f"{shards.path}: {name} holds {len(found)} samples, the index says {len(rows)}")
-    differing = np.flatnonzero(found != rows)
-    if differing.size:
-        i = int(differing[0])
-        what = "; ".join(
-            f"{key} {rows[key][i]} in the index, {found[key][i]} in the tar"
-            for key in rows.dtype.names or ()
-            if rows[key][i] != found[key][i]
-        )
+def _reports(stored: StoredSet, sources: list[str], jobs: int, limits: Limits) -> Iterator[ShardReport]:
+    """What was found in each shard, in their order."""
+    shards = range(len(stored.entries))
+    todo = (_job(stored, shard, sources, limits) for shard in shards)
+    bar = functools.partial(tqdm, total=len(shards), unit="shard", disable=None)
+    if min(jobs, len(shards)) == 1:
+        yield from bar(map(check_shard, todo))
+        return
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(min(jobs, len(shards)), context) as pool:
+        yield from bar(pool.map(check_shard, todo))
+
+
+def _job(stored: StoredSet, shard: int, sources: list[str], limits: Limits) -> ShardJob:
+    entry, rows, first = stored.entries[shard], stored.rows_of(shard), int(stored.first_rows[shard])
+    top = max(stored.manifest.num_classes - 1, 0)
+    wrong = np.flatnonzero((rows["label"] < 0) | (rows["label"] > top))
+    if wrong.size:
         raise ValueError(
-            f"{shards.path}: sample {first + i} in {name} differs ({what}), and {differing.size - 1} more; "
-            "restore or rewrite that shard"
+            f"{stored.storage.where(layout.ROWS_NAME)}: sample {first + wrong[0]} has label "
+            f"{rows['label'][wrong[0]]}, but the manifest allows 0..{top}"
         )
+    keys = None
+    if stored.is_foreign and sources:
+        keys = [name.removeprefix(f"{entry.name}/") for name in sources[first : first + len(rows)]]
+    return ShardJob(
+        path=stored.path,
+        manifest=stored.manifest,
+        entry=entry,
+        shard=shard,
+        first_row=first,
+        rows=rows,
+        keys=keys,
+        limits=limits,
+    )
 
 
-def _check_finite(x: np.ndarray, ids: np.ndarray, where: str, member: str) -> None:
-    if x.dtype.kind == "f":
-        bad = ~np.isfinite(x).all(axis=(1, 2, 3))
-        if bad.any():
-            raise ValueError(f"{where}: sample {ids[bad][0]}: {member} is not finite, {bad.sum() - 1} more")
+def _sum(reports: list[ShardReport]) -> ShardReport:
+    return ShardReport(
+        stored=functools.reduce(operator.add, (report.stored for report in reports)),
+        std=functools.reduce(operator.add, (report.std for report in reports)),
+        num_read=sum(report.num_read for report in reports),
+        num_cut=sum(report.num_cut for report in reports),
+        num_problems=sum(report.num_problems for report in reports),
+        problems=[problem for report in reports for problem in report.problems],
+    )
 
 
-def _check_sources(shards: ShardSet) -> None:
-    file = Path(shards.path) / layout.SOURCES_NAME
-    expected = json.loads((Path(shards.path) / layout.SHARD_LIST_NAME).read_text())["sources_sha256"]
-    if not file.exists() or layout.sha256(file.read_bytes()) != expected:
-        raise ValueError(
-            f"{file}: missing, or not of the hash that {layout.SHARD_LIST_NAME} gives; write the set again"
+def _read_sources(stored: StoredSet) -> tuple[list[str], list[str]]:
+    """The source of each sample, and what is wrong with the list."""
+    where = stored.storage.where(layout.SOURCES_NAME)
+    try:
+        text = stored.storage.read(layout.SOURCES_NAME)
+    except FileNotFoundError:
+        text = b""
+    if layout.sha256(text) != json.loads(stored.shard_list)["sources_sha256"]:
+        return [], [f"{where}: missing, or not of the hash that {layout.SHARD_LIST_NAME} gives"]
+    sources = text.decode().split("\n")[:-1]
+    if len(sources) != stored.manifest.num_samples:
+        return [], [f"{where}: {len(sources)} sources for {stored.manifest.num_samples} samples"]
+    return sources, []
+
+
+def _first_line(stored: StoredSet, report: ShardReport) -> str:
+    m = stored.manifest
+    counts = np.bincount(stored.labels, minlength=max(m.num_classes, 1))
+    shape = "x".join(map(str, m.sample_shape))
+    spread = f"{counts.min()} to {counts.max()} each" if m.num_classes else "unlabelled"
+    mean = report.stored.mean.mean()
+    std = max(report.stored.mean_square.mean() - mean**2, 0.0) ** 0.5
+    return (
+        f"{stored.path}: sound: {m.num_samples} samples in {len(stored.entries)} shards, "
+        f"{m.kind} {shape} {m.dtype}, {m.num_classes} classes, {spread}, "
+        f"mean {mean:.4g}, std {std:.4g}, index {m.index_hash[:12]}"
+    )
+
+
+def _notes(stored: StoredSet, report: ShardReport, limits: Limits) -> list[str]:
+    notes = []
+    if not stored.manifest.checksums:
+        notes.append(
+            "  the index has no checksums: damage that leaves values finite and in range is not seen"
         )
+    if report.num_cut:
+        low, high = limits.log_variance
+        notes.append(
+            f"  {report.num_cut} log-variances lie outside [{low:g}, {high:g}]: training cuts them to it"
+        )
+    return notes
+
+
+def _channel_lines(stored: StoredSet, report: ShardReport) -> list[str]:
+    """A table with a line a channel."""
+    m = stored.manifest
+    if m.kind == "pixels":
+        values = zip(report.stored.mean, report.stored.std, strict=True)
+        return [
+            "  channel      mean       std",
+            *(f"  {c:7d} {a:9.4g} {b:9.4g}" for c, (a, b) in enumerate(values)),
+        ]
+    assert m.scale is not None and m.shift is not None
+    lines = [
+        "                 as stored                       in the model's units",
+        "  channel    mean of  std of   posterior std     mean of  std of  std of a",
+        "              means    means    mean     std      means    means   drawn z",
+    ]
+    for c in range(m.channels):
+        mean, std = report.stored.mean[c], report.stored.std[c]
+        # The variance of z = mean + std eps is that of the means and, on average, the posterior's.
+        drawn = (std**2 + report.std.mean_square[c]) ** 0.5 * m.scale
+        numbers = (
+            mean,
+            std,
+            report.std.mean[c],
+            report.std.std[c],
+            (mean - m.shift) * m.scale,
+            std * m.scale,
+            drawn,
+        )
+        lines.append(f"  {c:7d} " + " ".join(f"{number:8.3g}" for number in numbers))
+    return lines
 
 
 def main(arguments: Sequence[str]) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m data_prep.verify", description="check every byte of a shard set"
     )
-    parser.add_argument("set", help="folder of a committed shard set")
-    print(verify(parser.parse_args(arguments).set))
+    parser.add_argument("set", help="folder or s3://bucket/prefix of a committed shard set")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (one a core)"
+    )
+    parser.add_argument(
+        "--max-latent", type=float, default=MAX_LATENT, help=f"largest |latent| ({MAX_LATENT:g})"
+    )
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw random samples, decoded")
+    parser.add_argument("--vae", help="what decodes them (the manifest's)")
+    parser.add_argument("--seed", type=int, default=0, help="which samples are drawn (0)")
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        raise ValueError(f"--jobs is {options.jobs}: give 1 or more")
+    try:
+        print(verify(options.set, jobs=options.jobs, max_latent=options.max_latent))
+    except BrokenSetError as error:
+        if len(error.problems) > 1:
+            print(*error.problems, sep="\n", file=sys.stderr)
+        raise
+    if options.sheet:
+        from data_prep.pictures import draw_sheet
+
+        print(draw_sheet(StoredSet(options.set), options.sheet, vae=options.vae, seed=options.seed))
 
 
 if __name__ == "__main__":

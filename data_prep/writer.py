@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from webdataset.writer import TarWriter
 
-from data_prep.index import index_tar
+from data_prep.tar_samples import index_tar
 from drwkv import rng
 from drwkv.data import manifest as layout
 from drwkv.data.manifest import Manifest, ShardEntry

@@ -7,15 +7,31 @@ import shutil
 import sys
 from pathlib import Path
 
+import foreign_sets
 import numpy as np
 import pytest
+from faulty_proxy import Fault, Kind
+from PIL import Image
 
 from data_prep import verify
+from data_prep.foreign_tars import Told
+from data_prep.index import index_set
+from data_prep.pictures import pick_samples
+from data_prep.verify import BrokenSetError
 from data_prep.writer import ShardSetWriter
 from drwkv import command
 from drwkv.data.manifest import Manifest
 from drwkv.data.shards import ShardSet
+from drwkv.storage import StorageError
 
+FOREIGN = Told(
+    scale=0.5,
+    shift=0.1,
+    resolution=32,
+    member="vae.mean_std.npy",
+    flip_member="flipped.npy",
+    label_member="class",
+)
 MOMENTS = np.random.default_rng(0).standard_normal((20, 2, 2, 2)).astype(np.float16)
 
 
@@ -130,3 +146,168 @@ def test_the_command_prints_the_summary_or_one_line_and_code_2(sound, damaged, m
     printed = capsys.readouterr()
     assert exit_.value.code == 2 and printed.out == ""
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+
+
+def test_all_broken_samples_are_found_and_told_one_a_line(damaged, monkeypatch, capsys):
+    broken = [0, 3, 5]
+    for sample_id in reversed(broken):  # to open a set, its first sample is read
+        overwrite(damaged, sample_id, "offset", b"\x55\xaa", at=130)
+    os.truncate(damaged / "shard-000002.tar", 2000)
+    with pytest.raises(
+        BrokenSetError, match="sample 0 in shard-000000.tar differs.*, and 3 more; restore"
+    ) as caught:
+        verify.verify(str(damaged))
+    assert [f"sample {i} in shard-000000.tar" in caught.value.problems[k] for k, i in enumerate(broken)] == [
+        True
+    ] * 3
+    assert "shard-000002.tar has 2000 bytes, but had" in caught.value.problems[3]
+    monkeypatch.setattr(sys, "argv", ["verify", str(damaged)])
+    with pytest.raises(SystemExit) as exit_:
+        command.run(verify.main)
+    *told, last = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 2 and told == caught.value.problems
+    assert last == f"error: {caught.value}"
+
+
+def test_of_many_broken_samples_the_first_20_are_told_and_all_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(ShardSetWriter, "_check_arrays", lambda self, arrays, source: None)
+    path = write_set(tmp_path / "set", np.full_like(MOMENTS, np.nan))
+    with pytest.raises(BrokenSetError, match="sample 0: moments.npy is not finite, and 39 more") as caught:
+        verify.verify(str(path))
+    assert len(caught.value.problems) == 20
+
+
+def test_processes_find_what_one_finds(sound, damaged):
+    assert verify.verify(str(sound), jobs=3) == verify.verify(str(sound))
+    overwrite(damaged, 4, "offset", b"\x55\xaa", at=130)
+    with pytest.raises(BrokenSetError) as alone:
+        verify.verify(str(damaged))
+    with pytest.raises(BrokenSetError) as together:
+        verify.verify(str(damaged), jobs=3)
+    assert str(alone.value) == str(together.value)
+
+
+@pytest.mark.parametrize(("channel", "value", "said"), [
+    (0, 60.0, "moments.npy has a latent of 60 in the model's units, the most is 50"),
+    (1, -31.0, "moments.npy has log-variances from -31 to .*, expected -30 to 20"),
+    (1, 21.0, "moments.npy has log-variances from .* to 21, expected -30 to 20"),
+])  # fmt: skip
+def test_values_that_no_latent_has_name_shard_and_sample(tmp_path, channel, value, said):
+    moments = MOMENTS.copy()
+    moments[9, channel, 0, 1] = value
+    path = write_set(tmp_path / "set", moments)
+    row = (path / "index/sources.txt").read_text().split().index("s9")
+    with pytest.raises(BrokenSetError, match=f"sample {row}: {said}"):
+        verify.verify(str(path))
+    if channel == 0:
+        assert "sound" in verify.verify(str(path), max_latent=100.0)
+
+
+def test_the_table_holds_each_channels_mean_and_std_in_both_units(tmp_path):
+    folder = foreign_sets.write_foreign_tars(tmp_path / "set")
+    index_set(str(folder), FOREIGN)
+    mean, log_variance = np.split(foreign_sets.MOMENTS.astype(np.float64), 2, axis=1)
+    std = np.exp(log_variance / 2)
+    lines = verify.verify(str(folder)).splitlines()[-2:]
+    for c, line in enumerate(lines):
+        m, s = mean[:, c].mean(), mean[:, c].std()
+        drawn = np.sqrt(s**2 + (std[:, c] ** 2).mean()) * 0.5
+        expected = [c, m, s, std[:, c].mean(), std[:, c].std(), (m - 0.1) * 0.5, s * 0.5, drawn]
+        np.testing.assert_allclose([float(word) for word in line.split()], expected, rtol=6e-3, atol=1e-4)
+
+
+def test_foreign_tars_that_are_newer_than_their_index_are_sent_to_the_indexer(tmp_path):
+    folder = foreign_sets.write_foreign_tars(tmp_path / "set")
+    index_set(str(folder), FOREIGN)
+    assert "sound: 40 samples in 3 shards" in verify.verify(str(folder))
+    remedy = f"run `python -m data_prep.index {folder} --again`"
+    overwrite(folder, 2, "flip_offset", b"\x01", at=200)
+    with pytest.raises(BrokenSetError, match="sample 2 in b-0.tar differs .flip_crc32c") as caught:
+        verify.verify(str(folder))
+    assert remedy in str(caught.value)
+    shutil.copy(folder / "b-2.tar", folder / "b-0.tar")
+    with pytest.raises(
+        BrokenSetError, match="b-0.tar has .* bytes, but had .* when its index was made"
+    ) as caught:
+        verify.verify(str(folder))
+    assert remedy in str(caught.value)
+
+
+def test_without_checksums_values_are_looked_at_and_that_is_said(tmp_path):
+    folder = foreign_sets.write_foreign_tars(tmp_path / "set")
+    index_set(str(folder), FOREIGN, headers_only=True)
+    assert "the index has no checksums" in verify.verify(str(folder))
+    overwrite(folder, 2, "offset", np.float32(np.nan).tobytes(), at=128)
+    with pytest.raises(BrokenSetError, match="b-0.tar: sample 2: vae.mean_std.npy is not finite"):
+        verify.verify(str(folder))
+
+
+def test_log_variances_that_training_cuts_are_counted_in_tars_of_others(tmp_path):
+    moments = np.zeros((3, 2, 2, 2), np.float16)
+    moments[1, 1] = -40
+    members = [(f"{i}.moments.npy", foreign_sets.npy(x)) for i, x in enumerate(moments)]
+    foreign_sets.write_tar(tmp_path / "set/a.tar", members)
+    index_set(str(tmp_path / "set"), Told(scale=1.0, resolution=16, label_member="none"))
+    summary = verify.verify(str(tmp_path / "set"))
+    assert "unlabelled" in summary and "4 log-variances lie outside [-30, 20]: training cuts them" in summary
+
+
+LOST = (Kind.ERROR, Kind.RESET, Kind.ERROR_AFTER, Kind.RESET_AFTER, Kind.TRUNCATED)
+
+
+def test_on_s3_each_tar_is_read_once_and_only_what_is_broken_there_is_told(
+    sound, damaged, s3, faulty_s3, use_s3
+):
+    server, proxy = faulty_s3
+    bucket = s3.bucket()
+    for file in (path for path in sound.rglob("*") if path.is_file()):
+        s3.client().upload_file(str(file), bucket, f"set/{file.relative_to(sound)}")
+    use_s3(server)
+    summary = verify.verify(f"s3://{bucket}/set")
+    assert summary.replace(f"s3://{bucket}/set", str(sound)) == verify.verify(str(sound))
+    reads = [line for line in proxy.requests if line.startswith("GET") and line.endswith(".tar")]
+    assert len(reads) == len(set(reads)) == 3
+    flips = (Fault(1.0, (Kind.FLIPPED_DOWN,), f"^GET .*{name}", at_most=2) for name in
+             ("shard-000000.tar", "shard-000001.tar", "samples.npy", "shards.json", "manifest.json"))  # fmt: skip
+    proxy.faults = (*flips, Fault(0.2, LOST))
+    assert verify.verify(f"s3://{bucket}/set") == summary
+    assert proxy.counts[Kind.FLIPPED_DOWN] == 10 and len(proxy.struck) > 10
+    tar = overwrite(damaged, 4, "offset", b"\x55\xaa", at=130)
+    s3.client().upload_file(str(tar), bucket, "set/shard-000000.tar")
+    s3.client().delete_object(Bucket=bucket, Key="set/shard-000001.tar")
+    proxy.faults = (Fault(0.2, LOST),)
+    with pytest.raises(
+        BrokenSetError, match="sample 4 in shard-000000.tar differs.*, and 1 more; "
+    ) as caught:
+        verify.verify(f"s3://{bucket}/set")
+    assert caught.value.problems[1] == f"s3://{bucket}/set/shard-000001.tar is missing"
+    with pytest.raises(StorageError, match="no such bucket"):
+        verify.verify("s3://no-such-bucket/set")
+
+
+def test_the_sheet_shows_random_samples_by_seed(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (200, 3, 4, 4)).astype(np.uint8)
+    manifest = Manifest(kind="pixels", num_classes=0, channels=3, height=4, width=4, resolution=4, crop="none",
+                        dtype="uint8", seed=0, samples_per_shard=100)  # fmt: skip
+    writer = ShardSetWriter(tmp_path / "set", names=list(map(str, range(200))), labels=np.zeros(200, int),
+                            manifest=manifest)  # fmt: skip
+    writer.write_arrays({"img.npy": images})
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        verify.main([str(tmp_path / "set"), "--jobs", "1", "--sheet", str(tmp_path / name), "--seed", seed])
+    assert capsys.readouterr().out.endswith(f"{tmp_path / 'c'}: 64 samples\n")
+    sheets = [(tmp_path / name).read_bytes() for name in "abc"]
+    assert sheets[0] == sheets[1] != sheets[2]
+    pixels = np.asarray(Image.open(tmp_path / "a"))
+    # The first tile, each of its pixels enlarged, is a sample of the set.
+    ids = pick_samples(200, 64, 0)
+    first = ShardSet.open(tmp_path / "set").read(ids[:1])[0][0]
+    np.testing.assert_array_equal(pixels[17:140:35, 17:140:35], first.transpose(1, 2, 0))
+
+
+def test_without_a_vae_the_sheet_is_left_out_in_a_line(sound, tmp_path, capsys):
+    verify.main(
+        [str(sound), "--jobs", "1", "--sheet", str(tmp_path / "a.png"), "--vae", str(tmp_path / "no vae")]
+    )
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"no contact sheet: VAE {tmp_path / 'no vae'}: cannot be loaded")
+    assert not (tmp_path / "a.png").exists()

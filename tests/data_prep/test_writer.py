@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from data_prep.index import index_tar
+from data_prep.tar_samples import index_tar
 from data_prep.writer import ShardSetWriter, deal_out
 from drwkv.data.manifest import Manifest
 from drwkv.data.shards import ShardSet

@@ -1,0 +1,94 @@
+"""A tar as bytes from front to back, from any storage, once and in large pieces.
+
+Here: a file that is streamed rather than fetched piece by piece (tar_reader.py's job), and an S3 prefix whose ranges
+are read until two answers agree, for tars that no index vouches for yet. What stands in them is tar_samples.py's.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import Counter, deque
+from collections.abc import Iterator
+
+import google_crc32c
+
+from drwkv.s3 import DamagedTransferError, S3Storage
+from drwkv.storage import Storage, StorageError, is_remote, open_storage
+
+LOCAL_BUFFER_BYTES = 1 << 20
+REMOTE_BUFFER_BYTES = 1 << 16  # the parts are in memory already
+KEPT_PARTS = 2  # of a stream from S3: how far a reader may seek back
+AGREEING_ATTEMPTS = 10  # reads of one range, of which two must be the same
+
+
+class ReadTwice(S3Storage):
+    """An S3 prefix for those who cannot check what they read: each range is right when two reads of it agree."""
+
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        seen: Counter[tuple[int, int]] = Counter()
+        for _ in range(AGREEING_ATTEMPTS):
+            data = super().read_range(name, start, size)
+            what = len(data), google_crc32c.value(data)
+            seen[what] += 1
+            if seen[what] == 2:
+                return data
+        raise StorageError(
+            f"{self.where(name)}: no two of {AGREEING_ATTEMPTS} reads of its bytes {start}..{start + size} agree; "
+            "run the same command again when the network is sound"
+        )
+
+
+def open_unvouched(path: str | os.PathLike[str]) -> Storage:
+    """The storage at a folder or S3 prefix of files whose bytes nothing vouches for."""
+    return ReadTwice(os.fspath(path)) if is_remote(path) else open_storage(path)
+
+
+class _PartsReader(io.RawIOBase):
+    """The first `size` bytes of an object on S3 as a file that is read from front to back, each byte fetched once."""
+
+    def __init__(self, storage: S3Storage, name: str, size: int) -> None:
+        super().__init__()
+        self._parts: Iterator[tuple[int, bytes]] = storage.read_parts(name, size)
+        self._kept: deque[tuple[int, bytes]] = deque(maxlen=KEPT_PARTS)
+        self._where, self._size, self._position = storage.where(name), size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        if self._position >= self._size:
+            return 0
+        while not self._kept or self._position >= self._kept[-1][0] + len(self._kept[-1][1]):
+            try:
+                self._kept.append(next(self._parts))
+            except DamagedTransferError as error:
+                raise StorageError(f"{self._where}: has changed while it was read ({error})") from None
+        start, data = next(part for part in reversed(self._kept) if part[0] <= self._position)
+        piece = data[self._position - start :][: len(buffer)]
+        buffer[: len(piece)] = piece
+        self._position += len(piece)
+        return len(piece)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._parts.close()  # type: ignore[attr-defined]  # read_parts is a generator: this ends its threads
+        super().close()
+
+
+def open_stream(storage: Storage, name: str) -> io.BufferedReader:
+    """A file for reading from front to back; on S3 large parts come ahead of the reader. FileNotFoundError."""
+    if isinstance(storage, S3Storage):
+        return io.BufferedReader(_PartsReader(storage, name, storage.size(name)), REMOTE_BUFFER_BYTES)
+    return io.BufferedReader(io.FileIO(storage.where(name)), LOCAL_BUFFER_BYTES)

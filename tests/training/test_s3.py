@@ -1,0 +1,61 @@
+"""Training from S3 is training from a folder: the same losses, and trouble is one line for the user."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from faulty_proxy import Fault, Kind
+from processes import Applications, losses
+
+from drwkv.storage import open_storage
+
+STEPS = 12
+
+
+def arguments(folder: Path, shards: str, *more: str) -> list[str]:
+    return [
+        "train_dist.py", "--config", "configs/digits.yaml", f"run.folder={folder}", f"run.total_steps={STEPS}",
+        f"data.paths=[{shards}]", "run.batch_size=48", "monitor.grid_every_steps=0", "checkpoint.every_steps=100",
+        "model.options.hidden_size=32", "model.options.depth=3", "monitor.progress=false", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def on_s3(digits: Path, s3, use_s3) -> str:
+    """The training digits, copied to a bucket."""
+    use_s3(s3)
+    place = f"s3://{s3.bucket()}/digits"
+    source, target = open_storage(digits / "train"), open_storage(place)
+    for name in source.names():
+        target.write(name, source.read(name))
+    return place
+
+
+def test_losses_from_s3_through_faults_are_those_from_a_folder(
+    applications: Applications, digits: Path, on_s3: str, faulty_s3, use_s3, tmp_path: Path
+) -> None:
+    applications.run(*arguments(tmp_path / "local", str(digits / "train")), world_size=2)
+    server, proxy = faulty_s3
+    proxy.faults = (Fault(rate=0.2, kinds=tuple(kind for kind in Kind if kind is not Kind.SLOW_DOWN)),)
+    use_s3(server)
+    cache = [f"data.cache={tmp_path / 'cache'}", "data.cache_gib=0.1"]
+    applications.run(*arguments(tmp_path / "remote", on_s3, *cache), world_size=2)
+    assert losses(tmp_path / "remote") == losses(tmp_path / "local")
+    assert sum(proxy.counts.values()) >= 1
+
+
+def test_a_shard_that_is_gone_from_the_bucket_ends_the_run_in_one_line(
+    applications: Applications, on_s3: str, tmp_path: Path
+) -> None:
+    open_storage(on_s3).remove("shard-000003.tar")
+    error = applications.refused(*arguments(tmp_path / "run", on_s3, f"data.cache={tmp_path / 'cache'}"))
+    assert f"{on_s3}/shard-000003.tar" in error
+
+
+def test_a_bucket_that_is_not_there_ends_the_run_before_anything_is_written(
+    applications: Applications, on_s3: str, tmp_path: Path
+) -> None:
+    error = applications.refused(*arguments(tmp_path / "run", "s3://no-such-bucket-at-all/digits"))
+    assert "s3://no-such-bucket-at-all: there is no such bucket" in error
+    assert not (tmp_path / "run").exists()
