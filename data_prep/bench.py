@@ -10,6 +10,7 @@ rounds counts. It fails when a promise of the README is broken.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -96,16 +97,20 @@ def best_rate(batches: Iterator[object], batch_size: int, *, rounds: int = ROUND
     return best
 
 
-def loader_rate(path: str, *, batch_size: int = BATCH, workers: int = 0, rounds: int = ROUNDS) -> float:
-    """Samples a second of our loader in the order law's shuffled order, after an epoch that checks everything."""
+@contextlib.contextmanager
+def checked_batches(path: str, *, batch_size: int = BATCH, workers: int = 0) -> Iterator[Iterator[object]]:
+    """Our loader's batches in the order law's shuffled order, after an epoch in which every sample was checked."""
     data = open_data(DataConfig(paths=[path], workers=workers), seed=0)
-    batches = data.batches(batch_size, 0)
-    for _ in range(-(-data.num_samples // batch_size) + 1):
-        next(batches)
-    try:
+    with contextlib.closing(data.batches(batch_size, 0)) as batches:
+        for _ in range(-(-data.num_samples // batch_size) + 1):
+            next(batches)
+        yield batches
+
+
+def loader_rate(path: str, *, batch_size: int = BATCH, workers: int = 0, rounds: int = ROUNDS) -> float:
+    """Samples a second of those."""
+    with checked_batches(path, batch_size=batch_size, workers=workers) as batches:
         return best_rate(batches, batch_size, rounds=rounds)
-    finally:
-        batches.close()
 
 
 def webdataset_batches(path: str, batch_size: int) -> Iterator[torch.Tensor]:
@@ -122,17 +127,45 @@ def webdataset_rate(path: str, *, batch_size: int = BATCH, rounds: int = ROUNDS)
     return best_rate(webdataset_batches(path, batch_size), batch_size, rounds=rounds)
 
 
+def rate_when_told(path: str, core: int) -> None:
+    """What each process of `rate_of_processes` does: get ready, and read for ROUND_SEC whenever it is told."""
+    os.sched_setaffinity(0, [core])
+    with checked_batches(path) as batches:
+        print("ready", flush=True)
+        for word in sys.stdin:
+            if word.strip() == "end":
+                return
+            print(best_rate(batches, BATCH, rounds=1), flush=True)
+
+
 def rate_of_processes(path: str, cores: Sequence[int]) -> float:
-    """Samples a second of as many processes as cores, each pinned to its own, all at once."""
-    code = (
-        f"import os, sys; os.sched_setaffinity(0, [int(sys.argv[1])]); "
-        f"from data_prep.bench import loader_rate; print(loader_rate({path!r}, rounds=3))"
-    )
+    """Samples a second of as many processes as cores, each pinned to its own, all at the same time; the best round."""
+    code = "import sys; from data_prep.bench import rate_when_told; rate_when_told(sys.argv[1], int(sys.argv[2]))"
     running = [
-        subprocess.Popen([sys.executable, "-c", code, str(core)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code, path, str(core)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+        )
         for core in cores
-    ]
-    return sum(float(process.communicate()[0]) for process in running)
+    ]  # fmt: skip
+
+    def hear() -> list[str]:
+        return [process.stdout.readline() for process in running if process.stdout]
+
+    def say(word: str) -> None:
+        for process in running:
+            assert process.stdin
+            process.stdin.write(f"{word}\n")
+
+    hear()
+    best = 0.0
+    for _ in range(ROUNDS):
+        say("go")
+        best = max(best, sum(map(float, hear())))
+    say("end")
+    for process in running:
+        process.communicate()
+    return best
 
 
 def cold_start_sec(path: str) -> float:
@@ -178,7 +211,7 @@ def measure(folder: Path) -> dict[str, float]:
     tell("webdataset/s", webdataset_rate(path), "webdataset's reader and npy decoder, no shuffle")
     tell("times webdataset", found["latents/s"] / found["webdataset/s"], "")
     if len(cores := sorted(os.sched_getaffinity(0))[:2]) == 2:
-        one, two = (max(rate_of_processes(path, cores[:n]) for _ in range(2)) for n in (1, 2))
+        one, two = (rate_of_processes(path, cores[:n]) for n in (1, 2))
         tell("times one core", two / one, f"two processes on two cores ({two:,.0f}/s) against one on one")
     path = write_repeated(folder / "imagenet", IMAGENET, samples_per_shard=1024)
     seconds = min(cold_start_sec(path) for _ in range(3))

@@ -88,7 +88,7 @@ def write_split(
     )
     names = [f"sklearn-digits/{i:04d}" for i in positions.tolist()]
     writer = ShardSetWriter(out, names=names, labels=labels[positions], manifest=manifest)
-    done = "finished already" if writer.committed() else "written"
+    done = "written" if writer.missing() else "finished already"
     writer.write_arrays({"img.npy": images[positions]})
     what = f"{len(names)} images of {height}x{width}, {NUM_CLASSES} classes, {writer.num_shards} shards"
     return f"{out}: {done}: {what}"

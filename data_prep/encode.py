@@ -108,7 +108,7 @@ def encode(config: EncodeConfig) -> str:
         manifest=encoder.describe(_manifest(config, source)),
         scratch=config.scratch,
     )
-    if writer.committed():
+    if writer.committed() and not writer.missing():
         writer.commit()  # cleans up, should the last worker have been killed after the manifest
         return f"{config.out}: finished already"
     pool = DecodingPool(decoder, workers=config.workers)

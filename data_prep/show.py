@@ -32,7 +32,7 @@ def facts(stored: StoredSet) -> Iterator[tuple[str, str]]:
     yield "samples", f"{m.num_samples:,}, of {_bytes(sizes.sum() / m.num_samples)} each in the tars"
     yield "shards", f"{len(sizes):,} of {_spread(counts, _count, ' samples')}, {_spread(sizes, _bytes)}"
     yield "size", _bytes(float(sizes.sum()))
-    yield "made by", "others, indexed by data_prep.index" if stored.is_foreign else "this program"
+    yield "made by", "others, indexed by data_prep.index" if stored.manifest.is_foreign else "this program"
     yield (
         "holds",
         f"{m.kind} {shape} {m.dtype} ({', '.join(m.members)}), of images of {m.resolution} px, crop {m.crop}",

@@ -32,7 +32,6 @@ class StoredSet:
         self.path = os.fspath(path)
         self.storage = open_storage(path)
         self.manifest = read_manifest(self.path)
-        remedy = self.remedy if self.is_foreign else "write the set again"
         try:
             self.shard_list = self.storage.read(layout.SHARD_LIST_NAME)
             where = self.storage.where(layout.SHARD_LIST_NAME)
@@ -40,22 +39,14 @@ class StoredSet:
             self._rows = self._map_rows()
         except FileNotFoundError as error:
             missing = error.filename or str(error).removesuffix(" is not there")
+            remedy = self.manifest.remedy(self.path, "the set")
             raise ValueError(f"{missing} is missing, though there is a manifest; {remedy}") from None
-        except index_files.DamagedIndexError as error:
-            raise ValueError(f"{error} ({remedy})" if self.is_foreign else str(error)) from None
         self.first_rows = np.concatenate([[0], np.cumsum([entry.num_samples for entry in self.entries])])
 
     @property
-    def is_foreign(self) -> bool:
-        """Whether the tars are of others and data_prep.index made the rest."""
-        return bool(self.manifest.member_names)
-
-    @property
     def remedy(self) -> str:
-        """What to do about tars that are not those of the index."""
-        if self.is_foreign:
-            return f"restore the tars, or run `python -m data_prep.index {self.path} --again` if they have changed"
-        return "restore or encode that shard again"
+        """What to do about a tar that is not that of the index."""
+        return self.manifest.remedy(self.path)
 
     @property
     def labels(self) -> np.ndarray:
@@ -65,7 +56,7 @@ class StoredSet:
     def rows_of(self, shard: int) -> np.ndarray:
         """The index rows of one shard; ValueError when they are not those of the manifest."""
         rows = self._rows[self.first_rows[shard] : self.first_rows[shard + 1]]
-        index_files.check_rows(rows, self.entries[shard], self.storage.where(layout.ROWS_NAME))
+        index_files.check_rows(rows, self.entries[shard], self.manifest, self.storage.where(layout.ROWS_NAME))
         return rows
 
     def read(self, sample_ids: np.ndarray) -> np.ndarray:

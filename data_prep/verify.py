@@ -86,7 +86,7 @@ def _job(stored: StoredSet, shard: int, sources: list[str], limits: Limits) -> S
             f"{rows['label'][wrong[0]]}, but the manifest allows 0..{top}"
         )
     keys = None
-    if stored.is_foreign and sources:
+    if stored.manifest.is_foreign and sources:
         keys = [name.removeprefix(f"{entry.name}/") for name in sources[first : first + len(rows)]]
     return ShardJob(
         path=stored.path,

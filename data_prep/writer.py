@@ -117,9 +117,7 @@ class ShardSetWriter:
         return self.storage.exists(layout.MANIFEST_NAME)
 
     def missing(self) -> list[int]:
-        """Shards that no one has finished yet."""
-        if self.committed():
-            return []
+        """Shards that no one has finished yet, or that somebody has deleted since."""
         finished = set(self.storage.names("shard-"))
         return [i for i in range(self.num_shards) if self.shard_name(i) not in finished]
 
@@ -139,13 +137,16 @@ class ShardSetWriter:
                 keys, skipped = self._write_tar(temporary, shard, samples)
                 found, rows = index_tar(temporary, shard=shard, members=self.manifest.members)
                 assert found == keys, f"{temporary}: wrote keys {keys[:3]}..., reads back {found[:3]}..."
-                # The sidecars first: where there is a finished shard, there are its rows.
-                part = {
-                    "num_bytes": temporary.stat().st_size,
-                    "skipped": {str(source): reason for source, reason in skipped.items()},
-                }
-                self.storage.write(f"{self._part(shard)}.npy", layout.npy_bytes(rows))
-                self.storage.write(f"{self._part(shard)}.json", (json.dumps(part) + "\n").encode())
+                if self.committed():
+                    self._check_restored(shard, rows)
+                else:
+                    # The sidecars first: where there is a finished shard, there are its rows.
+                    part = {
+                        "num_bytes": temporary.stat().st_size,
+                        "skipped": {str(source): reason for source, reason in skipped.items()},
+                    }
+                    self.storage.write(f"{self._part(shard)}.npy", layout.npy_bytes(rows))
+                    self.storage.write(f"{self._part(shard)}.json", (json.dumps(part) + "\n").encode())
                 self.storage.upload(self.shard_name(shard), temporary)
         finally:
             temporary.unlink(missing_ok=True)
@@ -195,6 +196,15 @@ class ShardSetWriter:
                 f"{next(iter(skipped.values()))}; is the source what it should be?"
             )
         return keys, skipped
+
+    def _check_restored(self, shard: int, rows: np.ndarray) -> None:
+        """ValueError unless a shard of a committed set, written anew, is the one that the index knows."""
+        entry = layout.shard_list_from_json(self.storage.read(layout.SHARD_LIST_NAME).decode())[shard]
+        if layout.sha256(rows.tobytes()) != entry.rows_sha256:
+            raise ValueError(
+                f"{self.storage.where(entry.name)}: written anew it has other values than the index says (made on "
+                "another kind of machine, or by another version?); restore it from a copy, or delete the whole set"
+            )
 
     def _write_index(self) -> None:
         shards = range(self.num_shards)

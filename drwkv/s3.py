@@ -35,7 +35,7 @@ from botocore.exceptions import (
     ProfileNotFound,
 )
 
-from drwkv.storage import S3_SCHEME, StorageError, no_space_is_named
+from drwkv.storage import S3_SCHEME, StorageError, UnavailableError, no_space_is_named
 
 log = logging.getLogger("drwkv")
 
@@ -76,7 +76,7 @@ def _client(process: int) -> Any:
     config = botocore.config.Config(
         retries={"mode": "adaptive", "total_max_attempts": 4},
         connect_timeout=10,
-        read_timeout=60,
+        read_timeout=20,  # of silence; a part in the making is never silent for so long
         max_pool_connections=4 * CONNECTIONS,
         # Content-MD5 and our own checksum do this job, also on servers that ignore the newer headers.
         request_checksum_calculation="when_required",
@@ -325,7 +325,7 @@ class S3Storage:
                 if isinstance(error, EndpointConnectionError) and attempt >= 2:
                     break
             log.debug("%s: attempt %d to %s it failed: %s", self.where(name), attempt + 1, verb, problem)
-        raise StorageError(
+        raise UnavailableError(
             f"{self.where(name)}: cannot {verb} it after {attempt + 1} attempts, the last ended with {problem}; "
             "run the same command again when the store answers"
         )

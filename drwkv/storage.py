@@ -29,6 +29,10 @@ class StorageError(ValueError):
     """What a user can mend: no such bucket, access denied, no space left; one line that names the place."""
 
 
+class UnavailableError(StorageError):
+    """The store does not answer, or only with errors; it may do so again later."""
+
+
 class Storage(Protocol):
     """Names are relative, with `/` between their parts. FileNotFoundError where a name that is read is not there."""
 

@@ -35,12 +35,12 @@ def test_digits_are_learnt_as_latents_of_a_trained_vae(tmp_path: Path, applicati
     options = ["resolution=32", "flip=false", "samples_per_shard=256", "workers=1"]
     applications.run("-m", "data_prep.encode", f"source={train}", f"vae={vae}", f"out={latents}", *options)
     manifest = read_manifest(latents)
-    assert manifest.sample_shape == (8, 8, 8) and manifest.num_classes == 10
+    assert manifest.sample_shape == (2, 8, 8) and manifest.num_classes == 10
     assert (manifest.scale, manifest.shift) == vae_scaling(load_vae(str(vae)))
 
     # Train and sample.
     config = ["--config", "configs/digits.yaml", f"run.folder={run}", f"data.paths=[{latents}]"]
-    training = ["model.in_channels=4", "monitor.grid_every_steps=0", "run.total_steps=1500"]
+    training = ["monitor.grid_every_steps=0", "run.total_steps=1500"]
     applications.run("train_dist.py", *config, *training, world_size=2, timeout_sec=1000)
     sampling = ["--config", "configs/digits_sample.yaml", f"checkpoint={run}", f"out={out}"]
     applications.run(

@@ -7,11 +7,14 @@ or latents of them is drwkv.latents'.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
+import threading
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,22 +22,35 @@ import torch
 from torch import Tensor
 
 from drwkv import rng
+from drwkv.data.cache import DEFAULT_GIB, CachedSet, default_folder, give_up_when, open_cache
 from drwkv.data.manifest import Manifest, check_fits
-from drwkv.data.order import Mixture, Order, cut
+from drwkv.data.order import NEVER, Mixture, Order, cut, streams_of_rank
+from drwkv.data.selection import SelectedOrder, SelectionConfig, select
 from drwkv.data.shards import ShardSet
+from drwkv.storage import is_remote
+
+log = logging.getLogger("drwkv")
+
+ANNOUNCED_BATCHES = 64  # by whose streams the cache learns what this rank reads; they repeat within C batches
 
 
 @dataclass
 class DataConfig:
     """Which shard sets a run reads, in what order, and how far ahead."""
 
-    paths: list[str] = field(default_factory=list)  # folders of committed shard sets
+    paths: list[str] = field(default_factory=list)  # committed shard sets: folders, or s3://bucket/prefix
     weights: list[float] | None = None  # share of each set, of any sum; None: in proportion to its samples
     streams: int = 64  # streams that the order is cut into; part of the run's identity, not of the hardware
     window: int = 8192  # samples of a stream that are shuffled together; part of the run's identity
     flip: bool = False  # mirror every second image, by (seed, n); moments need moments_flip in the set
     workers: int = 2  # reading threads of a process; 0: read in the training loop itself
     prefetch: int = 4  # global batches read ahead; no less than workers, or some of them wait
+    select: SelectionConfig = field(
+        default_factory=SelectionConfig
+    )  # which samples of each set; by default all
+    cache: str | None = None  # folder on the node's disk for sets on S3; None: see drwkv.data.cache
+    cache_gib: float = DEFAULT_GIB  # most GiB in that folder, all ranks and sets together
+    on_corrupt: str = "raise"  # what to do about a sample that stays corrupt: "raise" or "replace" it
 
 
 @dataclass
@@ -91,31 +107,60 @@ class Loader:
         self._place = (world_size, rank, accumulate)
         self._first_ids = np.cumsum([0] + [s.num_samples for s in sets])
         self._shape, self._dtype = sets[0].sample_shape, getattr(torch, sets[0].manifest.dtype)
-        self._pin = torch.cuda.is_available()
+        # A forked DataLoader worker cannot use CUDA, not even to pin memory.
+        self._pin = torch.cuda.is_available() and torch.utils.data.get_worker_info() is None
 
-    def batches(self, start: int) -> Generator[list[Batch], None, None]:
-        """Micro-batches of [start, start + batch_size), then of the next, for ever.
+    def batches(self, start: int, stride: int = 1) -> Generator[list[Batch], None, None]:
+        """Micro-batches of [start, start + batch_size), then of every stride-th batch from there, for ever.
 
         What a thread raises is raised here, at the batch that it belongs to. Closing the generator ends its
         threads.
         """
         if start < 0:
             raise ValueError(f"the loader was to start at n = {start}, it must be 0 or more")
-        return self._read_ahead(start) if self._workers else self._read_here(start)
+        first_counters = itertools.count(start, stride * self._batch_size)
+        batches = self._read_ahead(first_counters) if self._workers else self._read_here(first_counters)
+        cached = [s.files for s in self._sets if isinstance(s.files, CachedSet)]
+        return self._announced(cached, batches, start, stride * self._batch_size) if cached else batches
 
-    def _read_here(self, start: int) -> Generator[list[Batch], None, None]:
-        for n0 in itertools.count(start, self._batch_size):
+    def _announced(
+        self, cached: Sequence[CachedSet], batches: Generator[list[Batch], None, None], n: int, step: int
+    ) -> Generator[list[Batch], None, None]:
+        """The same batches; meanwhile the node's cache knows what those that are not yet handed out need."""
+        with contextlib.ExitStack() as while_reading, contextlib.closing(batches):
+            for cache in {files.cache for files in cached}:
+                while_reading.enter_context(cache.follow(lambda: self._distances(n)))
+            for micro_batches in batches:
+                n += step
+                yield micro_batches
+
+    def _distances(self, n: int) -> dict[CachedSet, np.ndarray]:
+        """How many counters after `n` this rank may need each shard of the sets that are cached."""
+        world_size, rank, _ = self._place
+        streams = streams_of_rank(
+            self._order, n, self._batch_size, world_size, rank, num_batches=ANNOUNCED_BATCHES
+        )
+        uses = self._order.next_uses(n, streams)
+        distances = np.where(uses == NEVER, NEVER, uses - n)
+        bounds = np.cumsum([len(s.shard_sizes) for s in self._sets])
+        by_set = zip(self._sets, np.split(distances, bounds[:-1]), strict=True)
+        return {s.files: distances for s, distances in by_set if isinstance(s.files, CachedSet)}
+
+    def _read_here(self, first_counters: Iterable[int]) -> Generator[list[Batch], None, None]:
+        for n0 in first_counters:
             yield [self._load(n) for n in self._pieces(n0)]
 
-    def _read_ahead(self, start: int) -> Generator[list[Batch], None, None]:
-        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="drwkv-loader")
+    def _read_ahead(self, first_counters: Iterable[int]) -> Generator[list[Batch], None, None]:
+        ended = threading.Event()
+        pool = ThreadPoolExecutor(self._workers, "drwkv-loader", give_up_when, (ended,))
         waiting: deque[list[Future[Batch]]] = deque()
         try:
-            for n0 in itertools.count(start, self._batch_size):
+            for n0 in first_counters:
                 waiting.append([pool.submit(self._load, n) for n in self._pieces(n0)])
                 if len(waiting) > self._prefetch:
                     yield [future.result() for future in waiting.popleft()]
         finally:
+            ended.set()
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _pieces(self, n0: int) -> list[np.ndarray]:
@@ -133,8 +178,20 @@ class Loader:
             for k, shard_set in enumerate(self._sets):
                 mine = np.flatnonzero(which == k)
                 x.numpy()[mine], y[mine] = shard_set.read(ids[mine], None if flip is None else flip[mine])
+        self._tell_replaced(n, which, ids, flip)
         sample_id = torch.from_numpy(ids + self._first_ids[which])
         return Batch(torch.from_numpy(n), sample_id, x, torch.from_numpy(y))
+
+    def _tell_replaced(
+        self, n: np.ndarray, which: np.ndarray, ids: np.ndarray, flip: np.ndarray | None
+    ) -> None:
+        for k, shard_set in enumerate(self._sets):
+            for (sample_id, copy), other in list(shard_set.replaced.items()):
+                mine = (which == k) & (ids == sample_id)
+                if flip is not None and shard_set.manifest.kind == "moments":
+                    mine &= flip == copy
+                for at in n[mine].tolist():
+                    log.warning("n = %d: sample %d stands in for %d, which is corrupt", at, other, sample_id)
 
 
 class ModelInput(Protocol):
@@ -171,7 +228,8 @@ class Data:
 
     @property
     def num_samples(self) -> int:
-        return sum(s.num_samples for s in self.sets)
+        """Samples of one epoch of all sets: those that are selected."""
+        return self.order.num_samples
 
     def check_fits(self, model: ModelInput) -> None:
         """ValueError in one line when a model of this config cannot be trained on these sets."""
@@ -186,7 +244,13 @@ class Data:
             )
 
     def batches(
-        self, batch_size: int, start: int, *, world: Place | None = None, accumulate: int = 1
+        self,
+        batch_size: int,
+        start: int,
+        *,
+        world: Place | None = None,
+        accumulate: int = 1,
+        stride: int = 1,
     ) -> Generator[list[Batch], None, None]:
         """The micro-batches of one rank of `world` from counter `start` on, as `Loader.batches`."""
         return Loader(
@@ -200,7 +264,7 @@ class Data:
             flip=self.config.flip,
             workers=self.config.workers,
             prefetch=self.config.prefetch,
-        ).batches(start)
+        ).batches(start, stride)
 
     def identity(self) -> dict[str, Any]:
         """All that decides what the n-th sample is, as JSON holds it; a checkpoint keeps it beside n."""
@@ -209,6 +273,7 @@ class Data:
             "streams": self.config.streams,
             "window": self.config.window,
             "flip": self.config.flip,
+            "select": asdict(self.config.select) if not self.config.select.takes_all else None,
             "index_hashes": [s.index_hash for s in self.sets],
             "mixture": self.order.counts.tolist() if isinstance(self.order, Mixture) else [1],
         }
@@ -223,15 +288,30 @@ def open_data(config: DataConfig, *, seed: int) -> Data:
             f"config key 'data.weights' has {len(config.weights)} numbers for {len(config.paths)} "
             "data.paths: give one for each, or null"
         )
-    sets = [ShardSet.open(path) for path in config.paths]
+    config.select.check()
+    cache = None
+    if any(map(is_remote, config.paths)):
+        cache = open_cache(config.cache or default_folder(), config.cache_gib)
+    sets = [ShardSet.open(path, cache=cache, on_corrupt=config.on_corrupt) for path in config.paths]
     check_alike(sets)
     if config.flip:
         check_flips(sets)
-    orders = [Order(s.shard_sizes, seed=seed, streams=config.streams, window=config.window) for s in sets]
+    orders = [_order_of(s, config, seed) for s in sets]
     order: Order | Mixture = orders[0]
     if len(sets) > 1:
-        order = Mixture(orders, config.weights or [float(s.num_samples) for s in sets], seed=seed)
+        order = Mixture(orders, config.weights or [float(o.num_samples) for o in orders], seed=seed)
     return Data(config, seed, sets, order)
+
+
+def _order_of(shard_set: ShardSet, config: DataConfig, seed: int) -> Order:
+    """The order of those samples of one set that config.select takes."""
+    if config.select.takes_all:
+        return Order(shard_set.shard_sizes, seed=seed, streams=config.streams, window=config.window)
+    # rows_of checks their hash: a label that is not what it was would change the selection silently.
+    shards = range(len(shard_set.shard_sizes))
+    labels = np.concatenate([shard_set.rows_of(shard)["label"] for shard in shards])
+    selection = select(labels, shard_set.shard_sizes, config.select, where=shard_set.path)
+    return SelectedOrder(selection, seed=seed, streams=config.streams, window=config.window)
 
 
 def check_alike(sets: Sequence[ShardSet]) -> None:

@@ -96,6 +96,17 @@ class Manifest:
         return ("moments.npy", "moments_flip.npy") if self.has_flip else ("moments.npy",)
 
     @property
+    def is_foreign(self) -> bool:
+        """Whether others wrote the tars, and only the index is ours."""
+        return bool(self.member_names)
+
+    def remedy(self, path: str, what: str = "that shard") -> str:
+        """What to do about a file of the set at `path` that is missing or damaged; the end of a sentence."""
+        if self.is_foreign:
+            return f"restore it, or run `python -m data_prep.index {path} --again` if the tars have changed"
+        return f"restore it, or delete {what} and run the command that wrote it again"
+
+    @property
     def row_dtype(self) -> np.dtype:
         return FLIP_INDEX_ROW if self.has_flip else INDEX_ROW
 

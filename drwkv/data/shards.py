@@ -1,26 +1,37 @@
 """A shard set opened for reading: any samples by id, from any thread, each checked when first read.
 
 What the files hold is laid down in manifest.py; which sample comes when is order.py's; batches for the model
-are loader.py's. Here a sample id becomes an array by one `pread` at the place that the index gives.
+are loader.py's. Here a sample id becomes an array by one read at the place that the index gives. A set in a
+folder is read in place; one on S3 through the node's cache, cache.py. How a file is read is open_files.py's.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import logging
 import os
-import threading
-from collections import OrderedDict
-from pathlib import Path
+from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
 
+from drwkv.data import index_files
 from drwkv.data import manifest as layout
+from drwkv.data.cache import NodeCache, default_folder, open_cache
 from drwkv.data.manifest import Manifest, check_fits, read_manifest
+from drwkv.data.open_files import Copy, LocalFiles, OpenFile, OpenFiles
+from drwkv.storage import is_remote
 
 __all__ = ["CorruptSampleError", "Manifest", "ShardSet", "check_fits", "read_manifest"]
 
-MAX_OPEN_SHARDS = 256  # file descriptors one set keeps open
-READ_ATTEMPTS = 2  # a sample that reads badly is fetched once more before it counts as corrupt
+log = logging.getLogger("drwkv")
+
+READ_ATTEMPTS = (
+    2  # a sample that reads badly is read once more before it is fetched again or counts as corrupt
+)
+REPLACEMENTS = 8  # samples that are tried in place of a corrupt one
+ON_CORRUPT = ("raise", "replace")
 
 
 class CorruptSampleError(ValueError):
@@ -39,33 +50,57 @@ class ShardSet:
     shard_sizes: np.ndarray  # (num_shards,) int64: samples in each shard
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> ShardSet:
-        """Open the set in folder `path`; the cost does not grow with the samples' number.
+    def open(
+        cls, path: str | os.PathLike[str], *, cache: NodeCache | None = None, on_corrupt: str = "raise"
+    ) -> ShardSet:
+        """Open the set at `path`, a folder or S3 prefix; the cost does not grow with the samples' number.
 
+        cache: where the shards of a set on S3 go; None: the default folder and budget. on_corrupt "replace": a
+        sample that stays corrupt is replaced by the next one of its class in its shard (in row order, round
+        from the end to the start), the same one for every reader. Nothing else about it changes, its id and
+        label included; `replaced` holds it.
         Raises ValueError in one line: not committed, another index than the manifest's, a shard missing or of
         another size.
         """
-        return cls(os.fspath(path))
+        return cls(os.fspath(path), cache, on_corrupt)
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, cache: NodeCache | None = None, on_corrupt: str = "raise"):
+        if on_corrupt not in ON_CORRUPT:
+            raise ValueError(f"config key 'data.on_corrupt' is {on_corrupt!r}, give one of {ON_CORRUPT}")
         self.path = path
         self.manifest = read_manifest(path)
-        entries = self._read_shard_list()
-        self.shard_names = [entry.name for entry in entries]
-        self.shard_sizes = np.array([entry.num_samples for entry in entries], np.int64)
-        self._rows_sha256 = [entry.rows_sha256 for entry in entries]
+        self.replaced: dict[tuple[int, int], int] = {}  # (sample id, 1 if mirrored moments) -> its stand-in
+        self._replaces = on_corrupt == "replace"
+        self._files: OpenFiles
+        folder = path
+        if is_remote(path):
+            cached = (cache or open_cache(default_folder())).open_set(path, self.manifest)
+            self._files, folder = cached, os.fspath(cached.folder)
+        self._entries, self._rows = self._read_index(folder)
+        self.shard_names = [entry.name for entry in self._entries]
+        self.shard_sizes = np.array([entry.num_samples for entry in self._entries], np.int64)
         self._first_rows = np.concatenate([[0], np.cumsum(self.shard_sizes)])
-        self._rows = self._map_rows()
-        self._check_files(entries)
+        if not is_remote(path):
+            self._check_files()
+            self._files = LocalFiles([os.path.join(path, name) for name in self.shard_names])
 
-        self._files = _OpenFiles([os.path.join(path, name) for name in self.shard_names])
-        self._rows_checked = np.zeros(len(entries), bool)
+        self._rows_checked = np.zeros(len(self._entries), bool)
         # One byte a stored array, not one bit: threads then need no lock. Untouched pages cost no memory.
         self._verified = np.zeros((len(self.manifest.members), self.num_samples), bool)
+        self._copies: dict[int, Copy] = {}  # shard -> the copy of its file that `_verified` is about
         self._dtype = np.dtype(self.manifest.dtype)
         self._num_bytes = int(np.prod(self.sample_shape)) * self._dtype.itemsize
         self._header = b""
         self._header = self._first_header()
+
+    @property
+    def files(self) -> OpenFiles:
+        """The shards' open files; a cache.CachedSet for a set on S3."""
+        return self._files
+
+    def open_shard(self, shard: int) -> BinaryIO:
+        """The tar itself, from its start; of a set on S3 the cached one, which stays until this is closed."""
+        return os.fdopen(self._files.open_again(shard), "rb")
 
     @property
     def num_samples(self) -> int:
@@ -92,12 +127,8 @@ class ShardSet:
         """The index rows of one shard, memory-mapped; ValueError when they are not those of the manifest."""
         rows = self._rows[self._first_rows[shard] : self._first_rows[shard + 1]]
         if not self._rows_checked[shard]:
-            file = Path(self.path) / layout.ROWS_NAME
-            if layout.sha256(rows.tobytes()) != self._rows_sha256[shard]:
-                raise ValueError(
-                    f"{file}: the rows of {self.shard_names[shard]} do not have the hash that "
-                    f"{layout.SHARD_LIST_NAME} gives; write the index again"
-                )
+            file = os.path.join(self.path, layout.ROWS_NAME)
+            index_files.check_rows(rows, self._entries[shard], self.manifest, file)
             top = max(self.num_classes - 1, 0)
             wrong = np.flatnonzero((rows["label"] < 0) | (rows["label"] > top))
             if wrong.size:
@@ -139,12 +170,17 @@ class ShardSet:
             if not self._rows_checked[shard]:
                 self.rows_of(shard)
         rows = self._rows[ids_visited]
-        offsets = rows["offset"]
+        starts = rows["offset"]
         copies = np.zeros(ids.size, np.intp)
         if stored_twice and flip is not None:
             copies = mirrored[visit].astype(np.intp)
-            offsets = np.where(copies == 1, rows["flip_offset"], offsets) if copies.any() else offsets
-        self._fill(x, visit, ids_visited, copies, shards, offsets + np.uint64(len(self._header)))
+            starts = np.where(copies == 1, rows["flip_offset"], starts) if copies.any() else starts
+        starts = starts + np.uint64(len(self._header))
+        bounds = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), ids.size]
+        for first, end in itertools.pairwise(bounds):
+            if first < end:
+                part = slice(first, end)
+                self._fill(x, int(shards[first]), visit[part], ids_visited[part], copies[part], starts[part])
 
         if not stored_twice and mirrored.any():
             x[mirrored] = x[mirrored][..., ::-1]
@@ -155,40 +191,75 @@ class ShardSet:
     def _fill(
         self,
         x: np.ndarray,
-        visit: np.ndarray,
+        shard: int,
+        places: np.ndarray,
         ids: np.ndarray,
         copies: np.ndarray,
-        shards: np.ndarray,
         starts: np.ndarray,
     ) -> None:
-        """One pread a sample, straight into its place in `x`; this loop is the loader's speed."""
-        size, target = self._num_bytes, x.reshape(-1).view(np.uint8).data
-        verified = self._verified[copies, ids].tolist()
-        file, current = None, -1
-        todo = zip(visit.tolist(), shards.tolist(), starts.tolist(), verified, strict=True)
-        for k, (i, shard, start, known_good) in enumerate(todo):
-            place = target[i * size : i * size + size]
-            read = -1
-            if known_good:
-                try:
-                    if shard != current:
-                        file, current = self._files.get(shard), shard
-                    read = os.preadv(file.fd, (place,), start)  # type: ignore[union-attr]
-                except OSError:
-                    current = -1
-            if read != size:
-                place[:] = self._read_checked(int(ids[k]), int(copies[k]))[len(self._header) :]
+        """Copy samples of one shard straight into their places in `x`; most of the loader's time goes here."""
+        size, doubtful = self._num_bytes, np.ones(len(ids), bool)
+        # What goes wrong here, _read_checked tries again and names.
+        with contextlib.suppress(OSError):
+            file = self._file(shard)
+            doubtful = ~self._verified[copies, ids]
+            known_good = np.flatnonzero(~doubtful)
+            failed = file.copy_out(
+                starts[known_good].tolist(),
+                size,
+                x.reshape(-1).view(np.uint8),
+                (places[known_good] * size).tolist(),
+                file_bytes=self._entries[shard].num_bytes,
+            )
+            doubtful[known_good[failed]] = True
+            del file  # while others are waited for, it may have to be closed
+        for k in np.flatnonzero(doubtful).tolist():
+            data = self._read_or_replace(shard, int(ids[k]), int(copies[k]))
+            x[places[k]] = np.frombuffer(data, self._dtype, offset=len(self._header)).reshape(
+                self.sample_shape
+            )
 
-    def _read_checked(self, sample_id: int, copy: int) -> bytes:
+    def _file(self, shard: int) -> OpenFile:
+        """The shard's open file; nothing is known of the samples in a copy that was not open before."""
+        file = self._files.get(shard)
+        if self._copies.get(shard) != file.copy:
+            self._verified[:, self._first_rows[shard] : self._first_rows[shard + 1]] = False
+            self._copies[shard] = file.copy
+        return file
+
+    def _read_or_replace(self, shard: int, sample_id: int, copy: int) -> bytes:
+        """One stored array as _read_checked gives it, or if so set another one in its place."""
+        if (sample_id, copy) in self.replaced:
+            return self._read_checked(shard, self.replaced[sample_id, copy], copy)
+        try:
+            return self._read_checked(shard, sample_id, copy)
+        except CorruptSampleError as error:
+            if not self._replaces:
+                raise
+            first, end = self._first_rows[shard : shard + 2].tolist()
+            same_class = first + np.flatnonzero(
+                self._rows["label"][first:end] == self._rows["label"][sample_id]
+            )
+            others = np.roll(same_class, -int(np.searchsorted(same_class, sample_id)))[1 : REPLACEMENTS + 1]
+            for other in others.tolist():
+                with contextlib.suppress(CorruptSampleError):
+                    data = self._read_checked(shard, other, copy)
+                    self.replaced[sample_id, copy] = other
+                    log.warning("%s; sample %d stands in for it from now on", error, other)
+                    return data
+            raise CorruptSampleError(
+                f"{error}; none of the {len(others)} next of its class in the shard could stand in for it"
+            ) from None
+
+    def _read_checked(self, shard: int, sample_id: int, copy: int) -> bytes:
         """One stored array as it stands in the tar, its size, checksum and header verified."""
         row = self._rows[sample_id]
         prefix = "flip_" if copy else ""
         offset, size, crc = (int(row[prefix + name]) for name in ("offset", "size", "crc32c"))
-        shard = int(np.searchsorted(self._first_rows, sample_id, side="right")) - 1
         problem = ""
         for _ in range(READ_ATTEMPTS):
             try:
-                file = self._files.get(shard)  # held while it is read, or another thread may close it
+                file = self._file(shard)  # held while it is read, or another thread may close it
                 data = os.pread(file.fd, size, offset)
             except OSError as error:
                 problem = f"cannot be read ({error.strerror})"
@@ -198,18 +269,23 @@ class ShardSet:
                     self._verified[copy, sample_id] = True
                     return data
             self._files.forget(shard)
+        what = f"{self.path}: sample {sample_id} in {self.shard_names[shard]} ({self.manifest.members[copy]}"
+        for data in self._files.fetch_again(shard, offset, size):
+            if not (still := self._problem(data, size, crc)):
+                log.warning("%s) %s in the cache: fetched again, mended", what, problem)
+                self._files.mend(shard, offset, data)
+                return data
+            problem = still
         raise CorruptSampleError(
-            f"{self.path}: sample {sample_id} in {self.shard_names[shard]} "
-            f"({self.manifest.members[copy]}, {size} bytes at {offset}) {problem}; "
-            f"run `python -m data_prep.verify {self.path}` and restore or rewrite that shard"
+            f"{what}, {size} bytes at {offset}) {problem}; "
+            f"run `python -m data_prep.verify {self.path}` to see all; {self.manifest.remedy(self.path)}"
         )
 
     def _problem(self, data: bytes, size: int, crc: int) -> str:
         """What is wrong with the bytes of a member, or nothing."""
         if len(data) != size:
             return f"is cut short: {len(data)} bytes, expected {size}"
-        found = google_crc32c.value(data)
-        if found != crc:
+        if self.manifest.checksums and (found := google_crc32c.value(data)) != crc:
             return f"is corrupt: crc32c {found:08x}, expected {crc:08x}"
         if not self._header:
             try:
@@ -222,93 +298,42 @@ class ShardSet:
         return ""
 
     def _first_header(self) -> bytes:
-        self.rows_of(0)
-        self._read_checked(0, 0)
+        """The npy header of the first sample, which all others share; on S3, not at the price of a whole shard."""
+        row = self.rows_of(0)[0]
+        offset, size, crc = (int(row[name]) for name in ("offset", "size", "crc32c"))
+        for data in self._files.fetch_again(0, offset, size):
+            if not self._problem(data, size, crc):
+                return self._header
+        self._read_or_replace(0, 0, 0)
         return self._header
 
-    def _read_shard_list(self) -> list[layout.ShardEntry]:
-        file = Path(self.path) / layout.SHARD_LIST_NAME
+    def _read_index(self, folder: str) -> tuple[list[layout.ShardEntry], np.ndarray]:
+        """The shard list and the index rows, from `folder`, which is the set's own or the cache's."""
+        name = layout.SHARD_LIST_NAME
         try:
-            text = file.read_bytes()
+            with open(os.path.join(folder, name), "rb") as file:
+                text = file.read()
+            entries = index_files.parse_shard_list(text, self.manifest, os.path.join(self.path, name))
+            name = layout.ROWS_NAME
+            rows_file = os.path.join(folder, name)
+            return entries, index_files.map_rows(
+                rows_file, self.manifest, entries, os.path.join(self.path, name)
+            )
         except FileNotFoundError:
-            raise ValueError(f"{file} is missing, though there is a manifest; write the set again") from None
-        if layout.sha256(text) != self.manifest.index_hash:
             raise ValueError(
-                f"{file}: sha256 {layout.sha256(text)[:12]}..., but {layout.MANIFEST_NAME} says "
-                f"{self.manifest.index_hash[:12]}...: they are of different sets; write the set again"
-            )
-        return layout.shard_list_from_json(text.decode())
+                f"{os.path.join(self.path, name)} is missing, though there is a manifest; "
+                f"{self.manifest.remedy(self.path, 'the set')}"
+            ) from None
 
-    def _map_rows(self) -> np.ndarray:
-        file = Path(self.path) / layout.ROWS_NAME
-        try:
-            rows = np.load(file, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError:
-            raise ValueError(f"{file} is missing, though there is a manifest; write the set again") from None
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{file} cannot be mapped ({error}); write the index again") from None
-        if rows.dtype != self.manifest.row_dtype or rows.shape != (self.num_samples,):
-            raise ValueError(
-                f"{file}: {rows.shape} rows of {rows.dtype.itemsize} bytes, but {layout.MANIFEST_NAME} says "
-                f"({self.num_samples},) of {self.manifest.row_dtype.itemsize}; write the index again"
-            )
-        if self._first_rows[-1] != self.num_samples:
-            list_file = Path(self.path) / layout.SHARD_LIST_NAME
-            raise ValueError(
-                f"{list_file}: the shards hold {self._first_rows[-1]} samples, but "
-                f"{layout.MANIFEST_NAME} says {self.num_samples}; write the index again"
-            )
-        return np.asarray(rows)
-
-    def _check_files(self, entries: list[layout.ShardEntry]) -> None:
-        for entry in entries:
+    def _check_files(self) -> None:
+        for entry in self._entries:
             file = os.path.join(self.path, entry.name)
             try:
                 found = os.stat(file).st_size
             except FileNotFoundError:
-                raise ValueError(
-                    f"{file} is missing; restore it, or delete the set and write it again"
-                ) from None
+                raise ValueError(f"{file} is missing; {self.manifest.remedy(self.path)}") from None
             if found != entry.num_bytes:
                 raise ValueError(
                     f"{file} has {found} bytes, expected {entry.num_bytes}; "
-                    "restore it, or delete the set and write it again"
+                    f"the index is older than the tar; {self.manifest.remedy(self.path)}"
                 )
-
-
-class _OpenFile:
-    """A file descriptor that closes when the last thread that reads from it lets go."""
-
-    __slots__ = ("fd",)
-
-    def __init__(self, path: str):
-        self.fd = -1
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-
-
-class _OpenFiles:
-    """The shards' files, opened when needed, the least recently used let go; safe from any thread."""
-
-    def __init__(self, paths: list[str], limit: int = MAX_OPEN_SHARDS):
-        self._paths, self._limit = paths, limit
-        self._open: OrderedDict[int, _OpenFile] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, shard: int) -> _OpenFile:
-        with self._lock:
-            file = self._open.get(shard)
-            if file is None:
-                file = self._open[shard] = _OpenFile(self._paths[shard])
-                if len(self._open) > self._limit:
-                    self._open.popitem(last=False)
-            else:
-                self._open.move_to_end(shard)
-            return file
-
-    def forget(self, shard: int) -> None:
-        with self._lock:
-            self._open.pop(shard, None)

@@ -14,6 +14,7 @@ import pytest
 
 from drwkv.data import shards as shards_module
 from drwkv.data.manifest import Manifest, check_fits, npy_bytes, npy_header_size, read_manifest, sha256
+from drwkv.data.open_files import LocalFiles
 from drwkv.data.shards import CorruptSampleError, ShardSet
 
 
@@ -85,11 +86,10 @@ def test_flip_takes_the_mirrored_moments_and_is_refused_without_them(write_momen
         single.read(ids, flip)
 
 
-def test_many_threads_with_few_open_files_read_the_same(write_pixels, source_images, monkeypatch):
-    monkeypatch.setattr(shards_module, "MAX_OPEN_SHARDS", 2)
+def test_many_threads_with_few_open_files_read_the_same(write_pixels, source_images):
     path = write_pixels(num_samples=300, samples_per_shard=10)
     shards = ShardSet.open(path)
-    shards._files = shards_module._OpenFiles([os.path.join(path, n) for n in shards.shard_names], limit=2)
+    shards._files = LocalFiles([os.path.join(path, n) for n in shards.shard_names], limit=2)
     images = source_images(path)
     before = len(os.listdir("/proc/self/fd"))
 
@@ -187,7 +187,7 @@ def test_index_rows_of_a_later_shard_are_checked_before_its_first_sample_is_read
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format 2, this program reads 1"),
+        ({"format": 1}, "format 1, this program reads 2"),
         ({"kind": "images"}, "kind is 'images'"),
         ({"num_samples": "many"}, "num_samples is 'many', expected int"),
         ({"num_samples": True}, "num_samples is True, expected int"),

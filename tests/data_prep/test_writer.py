@@ -275,3 +275,19 @@ def test_tars_with_broken_samples_are_not_indexed(reference, tmp_path):
     keys, rows = index_tar(tar, shard=0, members=MANIFEST.members)
     np.testing.assert_array_equal(rows, np.load(reference / "index/samples.npy")[: len(rows)])
     assert keys == [f"{i:09d}" for i in range(15)]
+
+
+def test_the_same_call_restores_a_shard_that_was_deleted_and_refuses_other_values(reference, tmp_path):
+    out = tmp_path / "set"
+    writer_for(out).write_arrays(ARRAYS)
+    (out / "shard-000002.tar").unlink()
+    writer = writer_for(out)
+    assert writer.missing() == [2]
+    other = {name: array + np.float16(1) for name, array in ARRAYS.items()}
+    with pytest.raises(
+        ValueError, match="shard-000002.tar: written anew it has other values than the index says"
+    ):
+        writer.write_arrays(other)
+    assert not (out / "shard-000002.tar").exists()
+    writer.write_arrays(ARRAYS)
+    assert tree_hashes(out) == tree_hashes(reference)

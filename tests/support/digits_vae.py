@@ -1,4 +1,7 @@
-"""The latent road on real data, small: digits as PNG files of 32x32, and an AutoencoderKL trained on them."""
+"""The latent road on real data, small: digits as PNG files of 32x32, and an AutoencoderKL trained on them.
+
+One latent channel of 8x8, as many numbers as the digits have before they are made large.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def write_digit_trees(root: Path) -> tuple[Path, Path]:
 
 
 def train_vae(tree: Path, out: Path, *, steps: int, seed: int = 0) -> Path:
-    """Train on the PNGs of `tree`, save to `out`; the scale in its config gives latents a deviation of 1."""
+    """Train on the PNGs of `tree`, save to `out`; scale and shift in its config give latents mean 0 and deviation 1."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
@@ -40,7 +43,7 @@ def train_vae(tree: Path, out: Path, *, steps: int, seed: int = 0) -> Path:
         up_block_types=("UpDecoderBlock2D",) * 3,
         norm_num_groups=8,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=1,
         mid_block_add_attention=False,
     )
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
@@ -57,7 +60,7 @@ def train_vae(tree: Path, out: Path, *, steps: int, seed: int = 0) -> Path:
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        std = vae.encode(x_all[:512]).latent_dist.sample().std().item()
-    vae.register_to_config(scaling_factor=1 / std)
+        z = vae.encode(x_all[:512]).latent_dist.sample()
+    vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
     vae.save_pretrained(out)
     return out
