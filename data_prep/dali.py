@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data_prep.tar_reader import open_range, tar_members
 from data_prep.tar_samples import split_name
-from data_prep.tar_stream import open_unvouched
+from data_prep.unvouched import open_unvouched
 from drwkv.storage import open_storage
 
 VERSION = "v1.2"

@@ -8,7 +8,7 @@ encode.py's.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,12 @@ class Decoded:
     shard: int
     x: Tensor  # (batch, C, H, W) uint8, or stored arrays as they are; zeros behind the items and where one is bad
     problems: list[str | None]  # one for each item: why it cannot be decoded
+    error: Exception | None = None  # the source's own trouble, such as a store that denies access
+
+    def pin_memory(self) -> Decoded:
+        """Called by DataLoader's thread where a GPU is to get the batch."""
+        self.x = self.x.pin_memory()
+        return self
 
 
 class Decoder(Dataset[Decoded]):
@@ -46,21 +52,16 @@ class Decoder(Dataset[Decoded]):
         self.batch, self.resolution, self.max_pixels = batch, resolution, max_pixels
 
     def __getitem__(self, request: Request) -> Decoded:
-        x = np.zeros((self.batch, 3, self.resolution, self.resolution), np.uint8)
-        problems: list[str | None] = []
-        for i, item in enumerate(request.items):
-            try:
-                image = item.load(max_pixels=self.max_pixels)
-                cropped = center_crop_arr(image, self.resolution, max_pixels=self.max_pixels)
-            except BadSampleError as error:
-                problems.append(str(error))
-                continue
-            except BadImageError as error:
-                problems.append(f"{item.name}: {error}")
-                continue
-            x[i] = cropped.transpose(2, 0, 1)
-            problems.append(None)
-        return Decoded(request.shard, torch.from_numpy(x), problems)
+        return _decode_all(
+            request, np.zeros((self.batch, 3, self.resolution, self.resolution), np.uint8), self._one
+        )
+
+    def _one(self, item: Item) -> np.ndarray:
+        image = item.load(max_pixels=self.max_pixels)
+        try:
+            return center_crop_arr(image, self.resolution, max_pixels=self.max_pixels).transpose(2, 0, 1)
+        except BadImageError as error:
+            raise BadSampleError(f"{item.name}: {error}") from None
 
 
 class LatentReader(Dataset[Decoded]):
@@ -70,22 +71,31 @@ class LatentReader(Dataset[Decoded]):
         self.batch, self.shape, self.flip = batch, shape, flip
 
     def __getitem__(self, request: Request) -> Decoded:
-        copies = (False, True) if self.flip else (False,)
-        x = np.zeros((self.batch, len(copies), *self.shape), np.float16)
-        problems: list[str | None] = []
-        for i, item in enumerate(request.items):
-            try:
-                moments = np.stack([item.load_latents(flip=flip) for flip in copies])
-                if moments.shape[1:] != self.shape:
-                    raise BadSampleError(
-                        f"{item.name}: moments of {moments.shape[1:]}, others have {self.shape}"
-                    )
-            except BadSampleError as error:
-                problems.append(str(error))
-                continue
-            x[i] = moments
+        copies = 2 if self.flip else 1
+        return _decode_all(request, np.zeros((self.batch, copies, *self.shape), np.float16), self._one)
+
+    def _one(self, item: Item) -> np.ndarray:
+        moments = np.stack(
+            [item.load_latents(flip=flip) for flip in ((False, True) if self.flip else (False,))]
+        )
+        if moments.shape[1:] != self.shape:
+            raise BadSampleError(f"{item.name}: moments of {moments.shape[1:]}, others have {self.shape}")
+        return moments
+
+
+def _decode_all(request: Request, x: np.ndarray, decode: Callable[[Item], np.ndarray]) -> Decoded:
+    """Each item of the request in its place in `x`. No error leaves a worker: a traceback would be all of it."""
+    problems: list[str | None] = []
+    for place, item in zip(x, request.items, strict=False):
+        try:
+            place[...] = decode(item)
+        except BadSampleError as error:
+            problems.append(str(error))
+        except (OSError, ValueError) as error:
+            return Decoded(request.shard, torch.from_numpy(x), problems, error)
+        else:
             problems.append(None)
-        return Decoded(request.shard, torch.from_numpy(x), problems)
+    return Decoded(request.shard, torch.from_numpy(x), problems)
 
 
 class _Requests:
@@ -101,13 +111,16 @@ class _Requests:
 class DecodingPool:
     """Decodes requests in `workers` processes (0: in this one), and hands the batches out in order.
 
-    Requests are drawn as the batches are, a few batches ahead.
+    Requests are drawn as the batches are, a few batches ahead. `pin`: batches come in pinned memory, for a GPU.
     """
 
-    def __init__(self, decoder: Dataset[Decoded], *, workers: int) -> None:
+    def __init__(self, decoder: Dataset[Decoded], *, workers: int, pin: bool = False) -> None:
         self._requests = _Requests()
-        # A forked server that has imported everything starts workers fast, and without this process's threads.
-        context = multiprocessing.get_context("forkserver") if workers else None
+        context = None
+        if workers:
+            # A server that has imported all of this forks workers fast, and without this process's threads.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["data_prep.decoding"])
         self._loader: DataLoader[Decoded] = DataLoader(
             decoder,
             batch_size=None,
@@ -115,11 +128,14 @@ class DecodingPool:
             num_workers=workers,
             prefetch_factor=PREFETCHED_BATCHES if workers else None,
             persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pin,
             multiprocessing_context=context,
         )
 
     def decode(self, requests: Iterable[Request]) -> Iterator[Decoded]:
-        """The answers, in the order of the requests."""
+        """The answers, in the order of the requests. Raises what kept a source from being read."""
         self._requests.current = requests
-        yield from self._loader
+        for decoded in self._loader:
+            if decoded.error is not None:
+                raise decoded.error
+            yield decoded

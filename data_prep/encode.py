@@ -11,6 +11,7 @@ are the modules beside this one.
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import logging
 import math
@@ -38,16 +39,18 @@ from data_prep.encoder import (
     make_deterministic,
 )
 from data_prep.leases import Leases, wait_sec
-from data_prep.sources import Source, StoredLatents, open_source
+from data_prep.sources import BadSampleError, Source, StoredLatents, open_source
 from data_prep.writer import CLAIMS, ShardSetWriter, Skipped
 from drwkv import command
 from drwkv.compose import load
 from drwkv.data.manifest import Manifest
+from drwkv.storage import StorageError
 
 log = logging.getLogger("drwkv")
 
 UNWRITTEN_SHARDS = 2  # encoded shards that wait in memory for the disk or S3
 BATCHES_IN_FLIGHT = 2  # on the device: one computes while the one before comes back
+COMMIT = "commit"  # the lease of the one who gathers the index
 PROGRESS_SEC = 5.0  # between looks at what all workers have done
 
 
@@ -100,7 +103,10 @@ def encode(config: EncodeConfig) -> str:
     names, labels = [source.names[i] for i in chosen.tolist()], source.labels[chosen]
     torch.set_num_threads(config.cpu_threads)
     make_deterministic()
-    decoder, encoder = _tools(config, source)
+    device = _device(config)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    decoder, encoder = _tools(config, source, device)
     writer = ShardSetWriter(
         config.out,
         names=names,
@@ -111,7 +117,7 @@ def encode(config: EncodeConfig) -> str:
     if writer.committed() and not writer.missing():
         writer.commit()  # cleans up, should the last worker have been killed after the manifest
         return f"{config.out}: finished already"
-    pool = DecodingPool(decoder, workers=config.workers)
+    pool = DecodingPool(decoder, workers=config.workers, pin=device.type == "cuda")
     with Leases(writer.storage, CLAIMS, lease_sec=config.lease_sec) as leases, Progress(writer) as progress:
         worker = Worker(config, source, chosen, pool, encoder, writer, leases, progress)
         pauses = wait_sec(config.lease_sec)
@@ -122,6 +128,12 @@ def encode(config: EncodeConfig) -> str:
                 # All that is missing is in the hands of others, alive or not.
                 time.sleep(next(pauses))
             progress.show()
+        # One gathers the index, or every worker would read all sidecars.
+        while not writer.committed():
+            if leases.claim(COMMIT):
+                writer.commit()
+            else:
+                time.sleep(next(pauses))
     manifest = writer.commit()
     left_out = f", {len(manifest.skipped)} left out (see skipped in the manifest)" if manifest.skipped else ""
     return f"{config.out}: {manifest.num_samples} samples in {writer.num_shards} shards{left_out}"
@@ -180,6 +192,7 @@ class Worker:
             while in_flight and (decoded is None or len(in_flight) >= BATCHES_IN_FLIGHT):
                 batch, finish = in_flight.popleft()
                 samples += self._kept(batch, finish())
+                self._leases.note_progress()
                 if len(samples) == len(self._writer.sources_of(batch.shard)):
                     yield batch.shard, samples
                     samples = []
@@ -230,7 +243,8 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.show(now=True)
+        with contextlib.suppress(StorageError, OSError):  # or it would hide what ended the work
+            self.show(now=True)
         self._bar.close()
         self._redirected.__exit__(None, None, None)
 
@@ -247,16 +261,18 @@ class Progress:
         return len(self._writer.names) - left
 
 
-def _tools(config: EncodeConfig, source: Source) -> tuple[Decoder | LatentReader, Encoder]:
+def _tools(
+    config: EncodeConfig, source: Source, device: torch.device
+) -> tuple[Decoder | LatentReader, Encoder]:
     """What decodes and what encodes this source into this kind of set."""
     if source.kind == "moments":
         if config.kind != "moments":
             raise ValueError(
                 f"{config.source}: holds latents, of which no pixels can be made: give kind=moments"
             )
-        shape, flip = source.items[0].load_latents().shape, source.has_flip and config.flip
-        reader = LatentReader(batch=config.batch, shape=shape, flip=flip)
-        return reader, MomentsKeeper(shape=shape, flip=flip, scale=config.scale, shift=config.shift)
+        shape, flip = _first_shape(source), source.has_flip and config.flip
+        keeper = MomentsKeeper(shape=shape, flip=flip, scale=config.scale, shift=config.shift, vae=config.vae)
+        return LatentReader(batch=config.batch, shape=shape, flip=flip), keeper
     decoder = Decoder(batch=config.batch, resolution=config.resolution, max_pixels=config.max_pixels)
     if config.kind == "pixels":
         return decoder, PixelEncoder(resolution=config.resolution)
@@ -264,7 +280,6 @@ def _tools(config: EncodeConfig, source: Source) -> tuple[Decoder | LatentReader
         raise ValueError(
             "config key 'vae' is null: moments need one, give vae=FOLDER or a hub name, or kind=pixels"
         )
-    device = _device(config)
     return decoder, VaeEncoder(
         config.vae,
         resolution=config.resolution,
@@ -277,13 +292,36 @@ def _tools(config: EncodeConfig, source: Source) -> tuple[Decoder | LatentReader
     )
 
 
+def _first_shape(source: Source) -> tuple[int, int, int]:
+    """The shape of the first latents that can be read; others must have the same."""
+    problem = None
+    for item in source.items:
+        try:
+            c, h, w = item.load_latents().shape
+        except BadSampleError as error:
+            problem = problem or error
+        else:
+            return c, h, w
+    raise problem or ValueError("the source holds no latents")
+
+
 def _device(config: EncodeConfig) -> torch.device:
-    if config.device is not None:
-        return torch.device(config.device)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local = next((os.environ[key] for key in ("LOCAL_RANK", "SLURM_LOCALID") if key in os.environ), "0")
-    return torch.device("cuda", int(local) % torch.cuda.device_count())
+    """The device asked for, or this process's GPU. ValueError if there is no such device."""
+    if config.device is None:
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        local = next((os.environ[key] for key in ("LOCAL_RANK", "SLURM_LOCALID") if key in os.environ), "0")
+        return torch.device("cuda", int(local) % torch.cuda.device_count())
+    try:
+        device = torch.device(config.device)
+    except RuntimeError:
+        raise ValueError(f"config key 'device' is {config.device!r}: give cpu, cuda or cuda:N") from None
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
+        raise ValueError(
+            f"config key 'device' is {config.device!r}, but there are {count} GPUs: give another, or null"
+        )
+    return device if device.type == "cpu" else torch.device("cuda", device.index or 0)
 
 
 def _manifest(config: EncodeConfig, source: Source) -> Manifest:
@@ -331,7 +369,12 @@ def _check(config: EncodeConfig) -> None:
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    print(encode(load(EncodeConfig, arguments)))
+    config = load(EncodeConfig, arguments)
+    try:
+        print(encode(config))
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        raise ValueError(f"{reason}: batch={config.batch} is too much for this GPU, give less") from None
 
 
 if __name__ == "__main__":

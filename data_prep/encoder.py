@@ -20,6 +20,7 @@ from torch import Tensor
 from drwkv.data.manifest import Manifest
 from drwkv.latents import LOG_VARIANCE_RANGE, decode_pixels, hash_weights, load_vae, vae_scaling
 
+USUAL_FACTOR = 8  # pixels of one latent pixel, where no VAE says
 Arrays = Mapping[str, np.ndarray]
 Pending = Callable[
     [], list[Arrays]
@@ -49,7 +50,10 @@ class PixelEncoder:
         )
 
     def begin(self, x_BCHW: Tensor) -> Pending:
-        return lambda: [{"img.npy": image} for image in x_BCHW.numpy()]
+        images = (
+            x_BCHW.clone().numpy()
+        )  # or the decoder's shared memory would stay until the shard is written
+        return lambda: [{"img.npy": image} for image in images]
 
 
 class VaeEncoder:
@@ -121,7 +125,7 @@ class VaeEncoder:
                 for m in moments
             ]
             ready = torch.cuda.Event()
-            ready.record()
+            ready.record(torch.cuda.current_stream(self._device))
 
         def finish() -> list[Arrays]:
             if ready is not None:
@@ -132,15 +136,32 @@ class VaeEncoder:
 
 
 class MomentsKeeper:
-    """Moments that others made, kept as they are; x is (B, copies, 2C, h, w) float16."""
+    """Moments that others made, kept as they are; x is (B, copies, 2C, h, w) float16.
+
+    `vae`: the one that made them, if the user knows; it gives scale, shift and the size of the images.
+    """
 
     def __init__(
-        self, *, shape: tuple[int, int, int], flip: bool, scale: float | None, shift: float | None
+        self,
+        *,
+        shape: tuple[int, int, int],
+        flip: bool,
+        scale: float | None,
+        shift: float | None,
+        vae: str | None = None,
     ) -> None:
+        self._vae, self._factor = vae, USUAL_FACTOR
+        self._vae_hash: str | None = None
+        if vae is not None:
+            loaded = load_vae(vae)
+            own_scale, own_shift = vae_scaling(loaded)
+            scale, shift = own_scale if scale is None else scale, own_shift if shift is None else shift
+            self._vae_hash = hash_weights(loaded)
+            self._factor = 2 ** (len(loaded.config.block_out_channels) - 1)
         if scale is None:
             raise ValueError(
-                "latents that others made do not say by what factor a model wants them: give scale=... (such as "
-                "0.18215), and shift=... if there is one"
+                "latents that others made do not say by what factor a model wants them: give vae=..., or scale=... "
+                "(such as 0.18215) and shift=... if there is one"
             )
         self._shape, self._flip, self._scale, self._shift = shape, flip, scale, shift or 0.0
 
@@ -153,6 +174,9 @@ class MomentsKeeper:
             channels=channels // 2,
             height=height,
             width=width,
+            resolution=height * self._factor,
+            vae_id=self._vae,
+            vae_hash=self._vae_hash,
             dtype="float16",
             has_flip=self._flip,
             scale=self._scale,
@@ -160,13 +184,17 @@ class MomentsKeeper:
         )
 
     def begin(self, x_BCHW: Tensor) -> Pending:
-        return lambda: _by_sample([copy.numpy() for copy in x_BCHW.unbind(1)])
+        copies = x_BCHW.clone().unbind(
+            1
+        )  # or the decoder's shared memory would stay until the shard is written
+        return lambda: _by_sample([copy.numpy() for copy in copies])
 
 
 def _to_float16(moments_BChw: Tensor) -> Tensor:
-    """float16, the log-variance cut to the range that the trainer cuts it to anyway; what does not fit becomes inf."""
+    """float16, the log-variance cut to the range that the trainer cuts it to; what does not fit is not finite."""
     mean, log_variance = moments_BChw.float().chunk(2, dim=1)
-    return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE_RANGE)], dim=1).to(torch.float16)
+    cut = torch.where(log_variance.isfinite(), log_variance.clamp(*LOG_VARIANCE_RANGE), torch.nan)
+    return torch.cat([mean, cut], dim=1).to(torch.float16)
 
 
 def _by_sample(views: list[np.ndarray]) -> list[Arrays]:

@@ -39,7 +39,8 @@ from data_prep.foreign_tars import (
 )
 from data_prep.tar_reader import open_range
 from data_prep.tar_samples import Sample, SampleLayout, read_samples, row_of
-from data_prep.tar_stream import open_stream, open_unvouched
+from data_prep.tar_stream import open_stream
+from data_prep.unvouched import open_unvouched
 from data_prep.writer import PLAN_NAME, hash_sources
 from drwkv import command
 from drwkv.data import manifest as layout

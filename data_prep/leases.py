@@ -24,6 +24,7 @@ from drwkv.storage import Storage, StorageError
 log = logging.getLogger("drwkv")
 
 BEATS_PER_LEASE = 4  # a lease is renewed this often within lease_sec
+STALLED_LEASES = 20  # times lease_sec without progress, after which a worker's leases are renewed no more
 MAX_PAUSE_SEC = 2.0  # between looks at what others hold
 
 
@@ -46,6 +47,7 @@ class Leases:
         self._held: dict[str, int] = {}  # unit -> beats
         self._seen: dict[str, tuple[bytes, float]] = {}  # unit -> (its lease, when first seen so)
         self._lock, self._over = threading.Lock(), threading.Event()
+        self._progress = time.monotonic()
         self._beating = threading.Thread(target=self._beat, name="drwkv-leases", daemon=True)
 
     def __enter__(self) -> Leases:
@@ -66,6 +68,7 @@ class Leases:
         if self._storage.write_new(name, self._text(0)):
             with self._lock:
                 self._held[unit] = 0
+            self.note_progress()
             return True
         if not self._is_dead(unit):
             return False
@@ -73,6 +76,10 @@ class Leases:
         self._storage.remove(name)
         self._seen.pop(unit, None)
         return self.claim(unit)
+
+    def note_progress(self) -> None:
+        """Say that the work goes on: a worker that hangs must not keep its units for ever."""
+        self._progress = time.monotonic()
 
     def release(self, unit: str) -> None:
         """Give the unit back, done or not."""
@@ -95,6 +102,8 @@ class Leases:
 
     def _beat(self) -> None:
         while not self._over.wait(self._lease_sec / BEATS_PER_LEASE):
+            if time.monotonic() - self._progress > STALLED_LEASES * self._lease_sec:
+                continue
             for unit in list(self._held):
                 with self._lock:
                     if unit not in self._held:

@@ -1,47 +1,22 @@
 """A tar as bytes from front to back, from any storage, once and in large pieces.
 
-Here: a file that is streamed rather than fetched piece by piece (tar_reader.py's job), and an S3 prefix whose ranges
-are read until two answers agree, for tars that no index vouches for yet. What stands in them is tar_samples.py's.
+A file that is streamed rather than fetched piece by piece, which is tar_reader.py's job. What stands in the tars is
+tar_samples.py's.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 
-import google_crc32c
-
 from drwkv.s3 import DamagedTransferError, S3Storage
-from drwkv.storage import Storage, StorageError, is_remote, open_storage
+from drwkv.storage import Storage, StorageError
 
 LOCAL_BUFFER_BYTES = 1 << 20
 REMOTE_BUFFER_BYTES = 1 << 16  # the parts are in memory already
 KEPT_PARTS = 2  # of a stream from S3: how far a reader may seek back
-AGREEING_ATTEMPTS = 10  # reads of one range, of which two must be the same
-
-
-class ReadTwice(S3Storage):
-    """An S3 prefix for those who cannot check what they read: each range is right when two reads of it agree."""
-
-    def read_range(self, name: str, start: int, size: int) -> bytes:
-        seen: Counter[tuple[int, int]] = Counter()
-        for _ in range(AGREEING_ATTEMPTS):
-            data = super().read_range(name, start, size)
-            what = len(data), google_crc32c.value(data)
-            seen[what] += 1
-            if seen[what] == 2:
-                return data
-        raise StorageError(
-            f"{self.where(name)}: no two of {AGREEING_ATTEMPTS} reads of its bytes {start}..{start + size} agree; "
-            "run the same command again when the network is sound"
-        )
-
-
-def open_unvouched(path: str | os.PathLike[str]) -> Storage:
-    """The storage at a folder or S3 prefix of files whose bytes nothing vouches for."""
-    return ReadTwice(os.fspath(path)) if is_remote(path) else open_storage(path)
 
 
 class _PartsReader(io.RawIOBase):

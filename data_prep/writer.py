@@ -27,11 +27,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import torch
 from webdataset.writer import TarWriter
 
 from data_prep.tar_samples import index_tar
+from data_prep.unvouched import open_unvouched
 from drwkv import rng
 from drwkv.data import manifest as layout
 from drwkv.data.manifest import Manifest, ShardEntry
@@ -41,6 +43,7 @@ log = logging.getLogger("drwkv")
 
 PLAN_NAME = "plan.json"  # the manifest to be, while the set is being written
 PARTS, CLAIMS = "index/parts", "index/claims"  # sidecars of shards, and leases; gone after the commit
+SCRATCH = "drwkv"  # begin of the names of tars that are not in place yet
 _REQUESTS = 16  # small files read or removed at once
 
 
@@ -100,6 +103,7 @@ class ShardSetWriter:
         self.num_shards = -(-len(names) // manifest.samples_per_shard)
         self._permutation = deal_out(len(names), manifest.seed)
         self._scratch = Path(scratch or tempfile.gettempdir()) if is_remote(out) else Path(out) / TEMPORARY
+        self._clear_scratch()
         self._begin()
 
     def shard_name(self, shard: int) -> str:
@@ -118,7 +122,7 @@ class ShardSetWriter:
 
     def missing(self) -> list[int]:
         """Shards that no one has finished yet, or that somebody has deleted since."""
-        finished = set(self.storage.names("shard-"))
+        finished = set(self.storage.names("shard-", settled=False))
         return [i for i in range(self.num_shards) if self.shard_name(i) not in finished]
 
     def is_finished(self, shard: int) -> bool:
@@ -139,6 +143,8 @@ class ShardSetWriter:
                 assert found == keys, f"{temporary}: wrote keys {keys[:3]}..., reads back {found[:3]}..."
                 if self.committed():
                     self._check_restored(shard, rows)
+                elif self.is_finished(shard):
+                    return  # another worker was faster, and its sidecars are right for its tar
                 else:
                     # The sidecars first: where there is a finished shard, there are its rows.
                     part = {
@@ -199,7 +205,13 @@ class ShardSetWriter:
 
     def _check_restored(self, shard: int, rows: np.ndarray) -> None:
         """ValueError unless a shard of a committed set, written anew, is the one that the index knows."""
-        entry = layout.shard_list_from_json(self.storage.read(layout.SHARD_LIST_NAME).decode())[shard]
+        try:
+            shard_list = self.storage.read(layout.SHARD_LIST_NAME)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{error.filename or error}: missing, though there is a manifest; restore it, or delete the whole set"
+            ) from None
+        entry = layout.shard_list_from_json(shard_list.decode())[shard]
         if layout.sha256(rows.tobytes()) != entry.rows_sha256:
             raise ValueError(
                 f"{self.storage.where(entry.name)}: written anew it has other values than the index says (made on "
@@ -253,8 +265,12 @@ class ShardSetWriter:
             with contextlib.suppress(FileNotFoundError):
                 return self._compare(name)
         strangers = [
-            name for name in self.storage.names() if not name.startswith((f"{PARTS}/", f"{CLAIMS}/"))
+            name
+            for name in self.storage.names(settled=False)
+            if not name.startswith((f"{PARTS}/", f"{CLAIMS}/"))
         ]
+        if layout.MANIFEST_NAME in strangers:  # another worker has just ended the set
+            return self._compare(layout.MANIFEST_NAME)
         if strangers and PLAN_NAME not in strangers:
             raise ValueError(
                 f"{self.out}: not empty and no shard set (holds {strangers[0]!r}); give another folder"
@@ -269,7 +285,7 @@ class ShardSetWriter:
         # A VAE is what its weights are, whatever path a worker has it at; the first worker's path stays.
         self.manifest = dataclasses.replace(self.manifest, vae_id=begun["vae_id"])
         differing = [
-            f"{key} {begun[key]!r} there, {value!r} now"
+            f"{key} {_short(begun[key])} there, {_short(value)} now"
             for key, value in dataclasses.asdict(self.manifest).items()
             if key not in ("index_hash", "skipped") and begun[key] != value
         ]
@@ -302,7 +318,9 @@ class ShardSetWriter:
         """A finished shard's index rows and what stands beside them; made anew from its tar if they are lost."""
         try:
             rows = np.load(io.BytesIO(self.storage.read(f"{self._part(shard)}.npy")), allow_pickle=False)
-            return rows, json.loads(self.storage.read(f"{self._part(shard)}.json"))
+            part = json.loads(self.storage.read(f"{self._part(shard)}.json"))
+            if self._fits(shard, rows):
+                return rows, part
         except FileNotFoundError:
             if self.committed():
                 raise
@@ -320,18 +338,45 @@ class ShardSetWriter:
         finally:
             tar.unlink(missing_ok=True)
 
+    def _fits(self, shard: int, rows: np.ndarray) -> bool:
+        """Whether rows are of the tar that is there: two workers on unlike machines may have written one each."""
+        tars = open_unvouched(self.out)
+        for row in rows[[0, -1]]:
+            data = tars.read_range(self.shard_name(shard), int(row["offset"]), int(row["size"]))
+            if google_crc32c.value(data) != row["crc32c"]:
+                return False
+        return True
+
     def _part(self, shard: int) -> str:
         return f"{PARTS}/{self.shard_name(shard)}"
 
     def _temporary(self, name: str) -> Path:
         """A path of this process and thread alone: a unit done twice at once is then harmless."""
-        return self._scratch / f"{name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+        return (
+            self._scratch / f"{SCRATCH}.{name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+        )
 
     def _clean(self) -> None:
         """Take away what only the writing needed; a set killed just here is cleaned by the next call."""
-        leftovers = [*self.storage.names(f"{PARTS}/"), *self.storage.names(f"{CLAIMS}/"), PLAN_NAME]
+        leftovers = [
+            name for folder in (PARTS, CLAIMS) for name in self.storage.names(f"{folder}/", settled=False)
+        ]
         with ThreadPoolExecutor(_REQUESTS) as pool:
-            list(pool.map(self.storage.remove, leftovers))
+            list(pool.map(self.storage.remove, [*leftovers, PLAN_NAME]))
+        self.storage.clean_up()
         if not is_remote(self.out):
-            for name in (PARTS, CLAIMS, TEMPORARY):
-                shutil.rmtree(Path(self.out) / name, ignore_errors=True)
+            for folder in (PARTS, CLAIMS):
+                shutil.rmtree(Path(self.out) / folder, ignore_errors=True)
+
+    def _clear_scratch(self) -> None:
+        """Remove tars that killed processes of this machine left in the scratch folder."""
+        for path in self._scratch.glob(f"{SCRATCH}.*.{socket.gethostname()}.*"):
+            pid = path.name.split(".")[-2]
+            if not Path(f"/proc/{pid}").exists():
+                path.unlink(missing_ok=True)
+
+
+def _short(value: object) -> str:
+    """For a message of one line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import boto3
 import botocore.config
 import google_crc32c
+import urllib3.exceptions
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -35,7 +36,7 @@ from botocore.exceptions import (
     ProfileNotFound,
 )
 
-from drwkv.storage import S3_SCHEME, StorageError, UnavailableError, no_space_is_named
+from drwkv.storage import S3_SCHEME, DamagedError, StorageError, UnavailableError, no_space_is_named
 
 log = logging.getLogger("drwkv")
 
@@ -60,8 +61,15 @@ _REFUSALS = {
     "QuotaExceeded": "the quota is used up{at}: free some space and run the same command again",
     "PermanentRedirect": "the bucket is in another region{at}: set AWS_DEFAULT_REGION",
 }  # fmt: skip
+# Other answers of 4xx are refusals too, but for these, which time or another attempt may mend.
+_PASSING = {"408", "409", "425", "429", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException",
+            "TooManyRequests", "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "OperationAborted",
+            "ConditionalRequestConflict"}  # fmt: skip
+_DAMAGED_ATTEMPTS = 3  # of what an upload damaged on its way may also look like: a wrong signature, bad XML
 _MISSING = {"NoSuchKey", "404", "NotFound"}
 _THERE_ALREADY = {"PreconditionFailed", "412"}
+
+_BEFORE_THE_BODY = {"NoSuchBucket", "InvalidBucketName", "AccessDenied", "403", "InvalidAccessKeyId"}
 
 T = TypeVar("T")
 
@@ -77,7 +85,7 @@ def _client(process: int) -> Any:
         retries={"mode": "adaptive", "total_max_attempts": 4},
         connect_timeout=10,
         read_timeout=20,  # of silence; a part in the making is never silent for so long
-        max_pool_connections=4 * CONNECTIONS,
+        max_pool_connections=8 * CONNECTIONS,
         # Content-MD5 and our own checksum do this job, also on servers that ignore the newer headers.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
@@ -134,10 +142,12 @@ class S3Storage:
             return False
         return True
 
-    def names(self, prefix: str = "") -> list[str]:
+    def names(self, prefix: str = "", *, settled: bool = True) -> list[str]:
         # A list has no checksum: it is right when two are the same.
         def twice() -> list[str]:
             first, second = self._list(prefix), self._list(prefix)
+            if not settled:
+                return sorted(set(first) & set(second))
             if first != second:
                 raise DamagedTransferError("two lists of the same prefix differ")
             return first
@@ -194,13 +204,16 @@ class S3Storage:
             return start, data
 
         starts = range(0, size, PART_BYTES)
-        with ThreadPoolExecutor(min(CONNECTIONS, max(len(starts), 1)), "drwkv-s3") as pool:
+        pool = ThreadPoolExecutor(min(CONNECTIONS, max(len(starts), 1)), "drwkv-s3")
+        try:
             # No more than twice the connections' parts wait in memory.
             waiting = [pool.submit(part, start) for start in starts[: 2 * CONNECTIONS]]
             for i in range(len(starts)):
                 yield waiting.pop(0).result()
                 if i + 2 * CONNECTIONS < len(starts):
                     waiting.append(pool.submit(part, starts[i + 2 * CONNECTIONS]))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def remove(self, name: str) -> None:
         self._attempts("remove", name, lambda: self._call("delete_object", name))
@@ -253,6 +266,16 @@ class S3Storage:
             raise DamagedTransferError(f"the object that was put together has {head['ContentLength']} bytes")
         _check_etag(head, f"{whole}-{len(parts)}")
 
+    def clean_up(self) -> None:
+        top = f"{self._prefix}/" if self._prefix else ""
+        pages = _client(os.getpid()).get_paginator("list_multipart_uploads")
+        try:
+            for page in pages.paginate(Bucket=self.bucket, Prefix=top):
+                for upload in page.get("Uploads", ()):
+                    self._abort(upload["Key"].removeprefix(top), upload["UploadId"])
+        except (ClientError, BotoCoreError) as error:
+            log.warning("%s: unfinished uploads could not be listed: %s", self.path, error)
+
     def _abort(self, name: str, upload: str) -> None:
         """Parts of a failed upload cost their space until they are given up; a failure here changes nothing."""
         try:
@@ -265,10 +288,11 @@ class S3Storage:
             try:
                 answer: dict[str, Any] = self._call("head_object", name)
             except ClientError as error:
-                if _code(error) == "404":
-                    # Only the answer to a GET has a body that says what is missing, the object or the bucket.
-                    self._call("get_object", name, Range="bytes=0-0")
-                raise
+                if not (code := _code(error)).isdigit() or code.startswith("5"):
+                    raise
+                # Only the answer to a GET has a body that says what is wrong: the object, the bucket or the key.
+                self._call("get_object", name, Range="bytes=0-0")
+                raise DamagedTransferError(f"HEAD is answered by {code}, GET is not") from None
             return answer
 
         return self._attempts("read", name, head)
@@ -281,7 +305,8 @@ class S3Storage:
             for page in pages.paginate(Bucket=self.bucket, Prefix=top + prefix)
             for entry in page.get("Contents", ())
         ]
-        return sorted(key.removeprefix(top) for key in keys)
+        # A name that ends in a slash is a folder of some browser's.
+        return sorted(key.removeprefix(top) for key in keys if not key.endswith("/"))
 
     def _call(self, operation: str, name: str, **options: Any) -> Any:
         key = f"{self._prefix}/{name}" if self._prefix else name
@@ -306,11 +331,11 @@ class S3Storage:
                     raise
                 if code in _MISSING:
                     raise FileNotFoundError(f"{self.where(name)} is not there") from None
-                # A body that was damaged on its way up has a wrong signature too.
-                damaged = verb == "write" and code == "SignatureDoesNotMatch" and attempt < 2
-                if code in _REFUSALS and not damaged:
-                    raise StorageError(self._refusal(verb, name, code)) from None
                 problem = f"{code}: {error.response.get('Error', {}).get('Message', '')}"
+                in_vain = code in _REFUSALS or (_status(error) // 100 == 4 and code not in _PASSING)
+                maybe_damaged = verb == "write" and attempt + 1 < _DAMAGED_ATTEMPTS
+                if in_vain and not (maybe_damaged and code not in _BEFORE_THE_BODY):
+                    raise StorageError(self._refusal(verb, name, code, problem)) from None
             except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
                 raise StorageError(
                     f"{self.where(name)}: no usable key ({error}): set AWS_ACCESS_KEY_ID and "
@@ -318,9 +343,14 @@ class S3Storage:
                 ) from None
             except ParamValidationError as error:
                 raise StorageError(f"{self.where(name)}: {' '.join(str(error).split())}") from None
-            except (BotoCoreError, DamagedTransferError, OSError) as error:
+            except (BotoCoreError, urllib3.exceptions.HTTPError, DamagedTransferError, OSError) as error:
                 if isinstance(error, (FileNotFoundError, PermissionError)):
                     raise
+                if isinstance(error, DamagedTransferError) and verb == "read" and attempt + 1 == ATTEMPTS:
+                    raise DamagedError(
+                        f"{self.where(name)}: what came was damaged in {ATTEMPTS} attempts, the last time {error}; "
+                        "if that goes on, the object itself is: restore it"
+                    ) from None
                 problem = f"{type(error).__name__}: {error}"
                 if isinstance(error, EndpointConnectionError) and attempt >= 2:
                     break
@@ -330,15 +360,21 @@ class S3Storage:
             "run the same command again when the store answers"
         )
 
-    def _refusal(self, verb: str, name: str, code: str) -> str:
+    def _refusal(self, verb: str, name: str, code: str, problem: str) -> str:
         at = f" at {_client(os.getpid()).meta.endpoint_url}"
         missing_bucket = code in ("NoSuchBucket", "InvalidBucketName")
         where = f"{S3_SCHEME}{self.bucket}" if missing_bucket else self.where(name)
-        return f"{where}: {_REFUSALS[code].format(at=at, operation=verb)}"
+        if code in _REFUSALS:
+            return f"{where}: {_REFUSALS[code].format(at=at, operation=verb)}"
+        return f"{where}: the store refuses to {verb} it{at}: {problem}"
 
 
 def _code(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", "unknown"))
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def _check_length(data: bytes, expected: int) -> None:

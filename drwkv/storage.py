@@ -33,6 +33,10 @@ class UnavailableError(StorageError):
     """The store does not answer, or only with errors; it may do so again later."""
 
 
+class DamagedError(StorageError):
+    """What the store holds is not what its own checksum says, however often it is read."""
+
+
 class Storage(Protocol):
     """Names are relative, with `/` between their parts. FileNotFoundError where a name that is read is not there."""
 
@@ -53,8 +57,11 @@ class Storage(Protocol):
     def exists(self, name: str) -> bool:
         """Whether the file is there."""
 
-    def names(self, prefix: str = "") -> list[str]:
-        """All files whose names start with `prefix`, sorted; no temporary ones."""
+    def names(self, prefix: str = "", *, settled: bool = True) -> list[str]:
+        """All files whose names start with `prefix`, sorted; no temporary ones.
+
+        settled False: others write or remove such files meanwhile; those that were there all the time are right.
+        """
 
     def write(self, name: str, data: bytes) -> None:
         """Write the file whole, over what was there."""
@@ -74,6 +81,9 @@ class Storage(Protocol):
     def remove(self, name: str) -> None:
         """Take the file away; no error if it is not there."""
 
+    def clean_up(self) -> None:
+        """Take away what killed writers left half done; for when nobody writes here any more."""
+
 
 @functools.lru_cache(maxsize=64)
 def _open_storage(path: str, process: int) -> Storage:
@@ -92,7 +102,8 @@ def open_storage(path: str | os.PathLike[str]) -> Storage:
     path = os.fspath(path)
     if "://" in path and not path.startswith(S3_SCHEME):
         raise ValueError(f"{path}: only folders and s3://bucket/prefix can be opened")
-    return _open_storage(path.rstrip("/") or "/", os.getpid())
+    scheme, rest = (S3_SCHEME, path[len(S3_SCHEME) :]) if is_remote(path) else ("", path)
+    return _open_storage(scheme + (rest.rstrip("/") or ("" if scheme else "/")), os.getpid())
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -131,7 +142,7 @@ class FolderStorage:
     def exists(self, name: str) -> bool:
         return os.path.exists(self.where(name))
 
-    def names(self, prefix: str = "") -> list[str]:
+    def names(self, prefix: str = "", *, settled: bool = True) -> list[str]:
         found = []
         top = str(PurePosixPath(prefix).parent) if "/" in prefix else ""
         for folder, folders, files in os.walk(os.path.join(self.path, top), followlinks=True):
@@ -171,6 +182,9 @@ class FolderStorage:
 
     def remove(self, name: str) -> None:
         Path(self.where(name)).unlink(missing_ok=True)
+
+    def clean_up(self) -> None:
+        shutil.rmtree(os.path.join(self.path, TEMPORARY), ignore_errors=True)
 
     def temporary(self, name: str) -> Path:
         """A path of this process and thread alone, on the folder's own file system; its folder exists."""

@@ -15,7 +15,7 @@ from data_prep.images import MAX_PIXELS
 from data_prep.sources import BadSampleError, Item, Source
 from data_prep.sources.layouts import Listing
 from data_prep.sources.lazy import Lazy, packed
-from drwkv.storage import open_storage
+from data_prep.unvouched import open_unvouched
 
 NUM_CLASSES, SIDE = 10, 32
 RECORD = 1 + 3 * SIDE * SIDE  # bytes
@@ -31,7 +31,7 @@ class CifarImage(Item):
     row: int  # which record
 
     def load(self, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-        data = open_storage(self.root).read_range(self.file, self.row * RECORD + 1, RECORD - 1)
+        data = open_unvouched(self.root).read_range(self.file, self.row * RECORD + 1, RECORD - 1)
         if len(data) != RECORD - 1:
             raise BadSampleError(f"{self.name}: is cut short: {len(data)} bytes, expected {RECORD - 1}")
         return np.frombuffer(data, np.uint8).reshape(3, SIDE, SIDE).transpose(1, 2, 0)

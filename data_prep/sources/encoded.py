@@ -10,7 +10,7 @@ import numpy as np
 from data_prep.images import MAX_PIXELS, BadImageError, decode_image
 from data_prep.sources import BadSampleError, Item
 from data_prep.sources.lazy import Lazy
-from drwkv.storage import open_storage
+from data_prep.unvouched import open_unvouched
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class EncodedImage(Item):
 
     def read(self) -> bytes:
         """The bytes of the image file. Raises BadSampleError when the container ends before."""
-        storage = open_storage(self.root)
+        storage = open_unvouched(self.root)
         if self.size is None:
             return storage.read(self.file)
         data = storage.read_range(self.file, self.offset, self.size)

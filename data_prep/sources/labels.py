@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+MOST_CLASSES = 1_000_000  # larger labels are numbers of something else
+
 
 def numbered(
     labels: Sequence[int | None], names: Sequence[str], *, where: str
@@ -22,4 +24,9 @@ def numbered(
         if label < 0:
             raise ValueError(f"{where}: sample {name} has label {label}, expected 0 or more")
     array = np.array(labels, np.int64)
+    if array.max() >= MOST_CLASSES:
+        name = names[int(array.argmax())]
+        raise ValueError(
+            f"{where}: sample {name} has label {array.max()}: an id? expected less than {MOST_CLASSES}"
+        )
     return array, [str(i) for i in range(int(array.max()) + 1)]

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from data_prep.sources import Source, StoredLatents
-from drwkv.storage import Storage, is_remote, open_storage, split_path
+from data_prep.unvouched import open_unvouched
+from drwkv.storage import Storage, is_remote, split_path
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -93,11 +94,11 @@ def _list(spec: str, latents: StoredLatents) -> Listing:
     suffix = os.path.splitext(path)[1].lower()
     if suffix in (*_FILE_FORMATS, ".bin") and not os.path.isdir(path):
         folder, name = split_path(path)
-        storage, names = open_storage(folder), [name]
+        storage, names = open_unvouched(folder), [name]
         if not storage.exists(name):
             raise ValueError(f"{spec}: no such file")
     else:
-        storage = open_storage(path)
+        storage = open_unvouched(path)
         if not is_remote(path) and not os.path.isdir(path):
             raise ValueError(f"{spec}: {'not a folder' if os.path.exists(path) else 'no such folder'}")
         names = [name for name in storage.names() if not _is_hidden(name)]

@@ -34,11 +34,11 @@ class Numbers:
         if self.sampled:
             mean = found / self.scale + self.shift
             found = np.concatenate([mean, np.full_like(mean, LOG_VARIANCE_RANGE[0])])
-        with np.errstate(over="ignore"):
-            found = found.astype(np.float16)
-        if not np.isfinite(found).all():
+        if not (np.abs(found) <= np.finfo(np.float16).max).all():
             raise BadSampleError(f"{name}: holds numbers that are not finite in float16")
-        return found
+        mean, log_variance = np.split(found, 2)
+        # Training cuts the log-variance to this range anyway.
+        return np.concatenate([mean, log_variance.clip(*LOG_VARIANCE_RANGE)]).astype(np.float16)
 
 
 def definite(listing: Listing, shape: tuple[int, int, int], default_scale: float | None) -> Numbers:

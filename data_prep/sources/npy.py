@@ -10,6 +10,7 @@ have the shape of moments and no log-variance.
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from data_prep.sources.labels import numbered
 from data_prep.sources.layouts import Listing
 from data_prep.sources.lazy import Lazy, packed
 from data_prep.sources.moments import Numbers, definite
-from drwkv.storage import open_storage
+from data_prep.unvouched import open_unvouched
 
 NUM_READERS = 16  # small files read at once
 
@@ -38,13 +39,46 @@ class NpyLatents(Item):
 
     def load_latents(self, *, flip: bool = False) -> np.ndarray:
         assert not flip, "these have no latents of mirrored images"
-        data = open_storage(self.root).read(self.file)
         try:
-            stored = np.load(io.BytesIO(data), allow_pickle=False)
-            stored = stored[self.row] if stored.ndim == 4 else stored
-        except (ValueError, EOFError, IndexError) as error:
+            header = _read_header(self.root, self.file)
+            start, size = header.place_of(self.row)
+            data = open_unvouched(self.root).read_range(self.file, start, size)
+            if len(data) != size:
+                raise ValueError(f"{len(data)} bytes at {start}, expected {size}")
+        except ValueError as error:
             raise BadSampleError(f"{self.name}: cannot be read ({error})") from None
+        stored = np.frombuffer(data, header.dtype).reshape(header.shape[-3:])
         return self.numbers.moments(stored, self.name)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What opens a .npy file."""
+
+    shape: tuple[int, ...]  # (B, C, h, w) or (C, h, w)
+    dtype: np.dtype
+    size: int  # bytes before the numbers
+
+    def place_of(self, row: int) -> tuple[int, int]:
+        """First byte and size of one sample. ValueError if there is no such row."""
+        if len(self.shape) not in (3, 4) or row >= (self.shape[0] if len(self.shape) == 4 else 1):
+            raise ValueError(f"shape {self.shape} has no row {row}")
+        size = int(np.prod(self.shape[-3:])) * self.dtype.itemsize
+        return self.size + row * size, size
+
+
+@functools.lru_cache(maxsize=64)
+def _read_header(root: str, file: str) -> _Header:
+    """The header of a .npy file, without the numbers. ValueError."""
+    start = io.BytesIO(open_unvouched(root).read_range(file, 0, 1 << 10))
+    version = np.lib.format.read_magic(start)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read(start)
+    if fortran_order or dtype.hasobject:
+        raise ValueError(
+            f"{dtype} in {'Fortran' if fortran_order else 'C'} order, expected numbers in C order"
+        )
+    return _Header(shape, dtype, start.tell())
 
 
 def open_npy(listing: Listing) -> Source:
@@ -89,13 +123,8 @@ def _numeric_order(name: str) -> tuple[str, int, str]:
 
 def _npy_shape(listing: Listing, name: str) -> tuple[int, ...]:
     """The shape in the header, without reading the numbers."""
-    file = io.BytesIO(listing.storage.read_range(name, 0, 1 << 10))
     try:
-        version = np.lib.format.read_magic(file)
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        return read(file)[0]
+        return _read_header.__wrapped__(listing.storage.path, name).shape  # as it is now
     except ValueError as error:
         raise ValueError(f"{listing.storage.where(name)}: not a .npy file ({error})") from None
 

@@ -25,7 +25,8 @@ from data_prep.sources.labels import numbered
 from data_prep.sources.layouts import Listing
 from data_prep.sources.lazy import Lazy, packed
 from data_prep.tar_reader import open_range
-from drwkv.storage import Storage, open_storage
+from data_prep.unvouched import open_unvouched
+from drwkv.storage import Storage
 
 READAHEAD = 1 << 20  # bytes
 LABEL_COLUMN = "label"
@@ -59,7 +60,7 @@ class ParquetImage(Item):
 @functools.lru_cache(maxsize=1)
 def _column(root: str, file: str, column: str, row_group: int, process: int) -> Any:
     # Arrow's thread pools do not survive a fork, so it gets none.
-    table = _open(open_storage(root), file).read_row_group(row_group, columns=[column], use_threads=False)
+    table = _open(open_unvouched(root), file).read_row_group(row_group, columns=[column], use_threads=False)
     return table[column]
 
 

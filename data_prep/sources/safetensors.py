@@ -18,7 +18,7 @@ from data_prep.sources.labels import numbered
 from data_prep.sources.layouts import Listing
 from data_prep.sources.lazy import Lazy, packed
 from data_prep.sources.moments import Numbers, definite
-from drwkv.storage import open_storage
+from data_prep.unvouched import open_unvouched
 
 # safetensors' name -> numpy's; bfloat16, which numpy lacks, as its bits
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
@@ -36,7 +36,7 @@ class SafetensorsLatents(Item):
 
     def load_latents(self, *, flip: bool = False) -> np.ndarray:
         size = int(np.prod(self.numbers.shape)) * np.dtype(_DTYPES[self.dtype]).itemsize
-        data = open_storage(self.root).read_range(self.file, self.offsets[int(flip)], size)
+        data = open_unvouched(self.root).read_range(self.file, self.offsets[int(flip)], size)
         if len(data) != size:
             raise BadSampleError(f"{self.name}: is cut short: {len(data)} bytes, expected {size}")
         return self.numbers.moments(_array(data, self.dtype).reshape(self.numbers.shape), self.name)
