@@ -7,7 +7,9 @@ encode.py's.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -98,6 +100,12 @@ def _decode_all(request: Request, x: np.ndarray, decode: Callable[[Item], np.nda
     return Decoded(request.shard, torch.from_numpy(x), problems)
 
 
+def _end_without(parent: int, worker: int) -> None:
+    """DataLoader's workers watch for their parent's death from here on; it may have come while they were starting."""
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 class _Requests:
     """The sampler that DataLoader asks for what to decode next; each round of asking may differ."""
 
@@ -116,11 +124,9 @@ class DecodingPool:
 
     def __init__(self, decoder: Dataset[Decoded], *, workers: int, pin: bool = False) -> None:
         self._requests = _Requests()
-        context = None
-        if workers:
-            # A server that has imported all of this forks workers fast, and without this process's threads.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["data_prep.decoding"])
+        # Forked, workers would have copies of this process's locks and leases; behind a fork server they would not
+        # notice when this process is killed, and stay for ever.
+        context = multiprocessing.get_context("spawn") if workers else None
         self._loader: DataLoader[Decoded] = DataLoader(
             decoder,
             batch_size=None,
@@ -130,6 +136,7 @@ class DecodingPool:
             persistent_workers=workers > 0,
             pin_memory=pin,
             multiprocessing_context=context,
+            worker_init_fn=functools.partial(_end_without, os.getpid()),
         )
 
     def decode(self, requests: Iterable[Request]) -> Iterator[Decoded]:

@@ -389,3 +389,35 @@ def test_a_bucket_that_cannot_be_used_is_one_line(trouble, few, vae, s3, s3_as_s
         encode(config(few, vae, place))
     assert "\n" not in str(caught.value)
     assert objects_of(s3.client(), bucket, "set") == {}
+
+
+def descendants(pid: int) -> set[int]:
+    """All processes that a process started, and those that they started."""
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found |= {child} | descendants(child)
+    return found
+
+
+def test_a_killed_worker_leaves_no_process_behind(tree, vae, tmp_path, applications):
+    out = tmp_path / "set"
+    worker = applications.start(*arguments(tree, vae, out, workers=2))
+    while not holders(out):
+        assert worker.running(), worker.log.read_text()
+        time.sleep(0.05)
+    helpers = descendants(worker.processes[0].pid)
+    assert len(helpers) >= 2
+    worker.kill(signal.SIGKILL)
+    worker.wait()
+    end = time.monotonic() + 30
+    while left := [pid for pid in helpers if _is_running(pid)]:
+        assert time.monotonic() < end, left
+        time.sleep(0.2)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
