@@ -6,6 +6,7 @@ loop; every part of them stands in drwkv/.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -49,13 +50,13 @@ def train(config: TrainConfig) -> None:
     check_variance(model, process)
     with session(timeout_sec=parallel.timeout_sec, cpu_threads=parallel.cpu_threads) as world:
         check_ranks(config.run, world.size)
-        with logging_to(folder, world), Signals() as signals:
-            _train(config, model, process, data, folder, world, signals)
+        with logging_to(folder, world), Signals() as signals, contextlib.ExitStack() as at_end:
+            _train(config, model, process, data, folder, world, signals, at_end)
 
 
 def _train(
     config: TrainConfig, model: nn.Module, process: GaussianProcess, data: Data, folder: Path, world: World,
-    signals: Signals,
+    signals: Signals, at_end: contextlib.ExitStack,
 ) -> None:  # fmt: skip
     run, batch_size = config.run, config.run.batch_size
 
@@ -80,8 +81,11 @@ def _train(
         folder, config.monitor, world, total_steps=run.total_steps, step=state.step,
         on_record=[state.note, health.note],
     )  # fmt: skip
-    batches = partial(data.batches, batch_size, world=world, accumulate=run.accumulate)
+    batches = partial(
+        data.batches, batch_size, world=world, accumulate=run.accumulate, interrupted=health.is_stopping
+    )
     stream = batches(state.n)
+    at_end.callback(lambda: stream.close())  # whatever ends the run: its threads may wait for data
 
     # Train.
     stop_signal: str | None = None

@@ -17,6 +17,7 @@ from drwkv.evaluation.protocol import EvaluateConfig
 from drwkv.models.config import ModelConfig
 from drwkv.parallel.engine import ParallelConfig
 from drwkv.sampling import SamplerConfig, check_sampler
+from drwkv.storage import is_remote
 from drwkv.training.checkpoint import CheckpointConfig
 from drwkv.training.ema import EmaConfig
 from drwkv.training.health import HealthConfig
@@ -109,6 +110,12 @@ def check_train(config: TrainConfig) -> None:
     for key in ("every_steps", "keep_last", "keep_every_steps"):
         value = getattr(config.checkpoint, key)
         require(value >= (key == "keep_last"), f"checkpoint.{key}", value, "give a positive number")
+    if any(map(is_remote, config.data.paths)):
+        patience = config.data.timeout_sec
+        advice = (
+            f"give less than parallel.timeout_sec={config.parallel.timeout_sec}, or other ranks give up first"
+        )
+        require(0 < patience < config.parallel.timeout_sec, "data.timeout_sec", patience, advice)
     _check_grids(config)
     starts = [stage.from_step for stage in config.optimizer.stages]
     require(starts == sorted(set(starts)), "optimizer.stages", starts, "list them by rising from_step")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TypeVar
 
+from drwkv.data.loader import InterruptedRead
 from drwkv.parallel.distributed import World
 from drwkv.training.monitor import StepRecord
 
@@ -65,12 +66,22 @@ class Health:
         self.rollbacks = 0
 
     def guard(self, work: Callable[[], T]) -> T | None:
-        """Run what may fail on this rank alone; its error is raised by `agree`, when all ranks know."""
+        """Run what may fail on this rank alone; its error is raised by `agree`, when all ranks know.
+
+        None too where a signal has cut the wait for data short; that is for `agree` to say.
+        """
         try:
             return work()
+        except InterruptedRead:
+            assert self._signals.received, "only a signal interrupts the reading"
+            return None
         except Exception as error:
             self.note_error(error)
             return None
+
+    def is_stopping(self) -> bool:
+        """Whether a signal has asked this rank to stop: no time to wait for data."""
+        return bool(self._signals.received)
 
     def note_error(self, error: BaseException | None) -> None:
         """Remember an error of this rank for the next `agree`; None is no error."""

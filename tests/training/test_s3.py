@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,30 @@ def test_a_bucket_that_is_not_there_ends_the_run_before_anything_is_written(
     error = applications.refused(*arguments(tmp_path / "run", "s3://no-such-bucket-at-all/digits"))
     assert "s3://no-such-bucket-at-all: there is no such bucket" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_during_an_outage_saves_and_asks_to_be_requeued(
+    applications: Applications, on_s3: str, faulty_s3, use_s3, tmp_path: Path
+) -> None:
+    server, proxy = faulty_s3
+    use_s3(server)
+    folder = tmp_path / "run"
+    shards = f"data.cache={tmp_path / 'cache'}"
+    # The first batches need few shards; the others do not come.
+    proxy.faults = (Fault(rate=1.0, kinds=(Kind.RESET,), match="shard-00000[2-9]"),)
+    more = [
+        "run.batch_size=2",
+        "data.prefetch=2",
+        "data.streams=2",
+        "data.window=16",
+        "run.total_steps=100000",
+    ]
+    group = applications.start(*arguments(folder, on_s3, shards, *more), world_size=2)
+    end = time.monotonic() + 90
+    while "trying again" not in group.log.read_text():
+        assert group.running() and time.monotonic() < end, group.log.read_text()
+        time.sleep(0.1)
+    group.kill(signal.SIGTERM)
+    finished = group.wait(60)
+    assert finished.codes == [0, 0], finished.output
+    assert (folder / "requeue").exists()
