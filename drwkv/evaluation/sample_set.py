@@ -94,7 +94,9 @@ class SampleSet:
         return np.concatenate(images)[:count], np.concatenate(labels)[:count]
 
     def assemble(self) -> None:
-        """Write samples.npz out of the chunks, one at a time, and put it in place by rename."""
+        """Write samples.npz out of the chunks, one at a time, and put it in place by rename; nobody draws any more."""
+        for left_by_the_killed in (self.folder / "chunks").glob("*.tmp*"):
+            left_by_the_killed.unlink(missing_ok=True)
         first, _ = next(self.chunks())
         temporary = self.samples_file.with_suffix(".npz.tmp")
         with zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:

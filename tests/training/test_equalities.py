@@ -66,7 +66,7 @@ def assert_same_bits(one: Path, other: Path) -> None:
         assert not different, f"{prefix}: {different}"
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.proof), 4])
 def test_any_number_of_processes_trains_the_same_run(run: Run, world_size: int) -> None:
     one, many = run(), run(world_size=world_size)
     assert_same_losses(one, many)
