@@ -29,6 +29,10 @@ class StorageError(ValueError):
     """What a user can mend: no such bucket, access denied, no space left; one line that names the place."""
 
 
+class NoSpaceError(StorageError):
+    """The disk that is written to is full."""
+
+
 class UnavailableError(StorageError):
     """The store does not answer, or only with errors; it may do so again later."""
 
@@ -231,12 +235,12 @@ def _leads_back(folder: str, name: str) -> bool:
 
 @contextlib.contextmanager
 def no_space_is_named(where: str) -> Iterator[None]:
-    """Turn a full disk, met while writing `where`, into a StorageError that says so."""
+    """Turn a full disk, met while writing `where`, into a NoSpaceError that says so."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(
+            raise NoSpaceError(
                 f"{where}: cannot be written: {error.strerror}; free some space and run the same command again"
             ) from None
         raise

@@ -12,8 +12,8 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 from drwkv import rng
-from drwkv.data.cache import DEFAULT_GIB, CachedSet, default_folder, give_up_when, open_cache
+from drwkv.data.cache import (
+    DEFAULT_GIB,
+    DEFAULT_TIMEOUT_SEC,
+    CachedSet,
+    default_folder,
+    give_up_when,
+    open_cache,
+)
 from drwkv.data.manifest import Manifest, check_fits
 from drwkv.data.order import NEVER, Mixture, Order, cut, streams_of_rank
 from drwkv.data.selection import SelectedOrder, SelectionConfig, select
@@ -31,6 +38,7 @@ from drwkv.storage import is_remote
 
 log = logging.getLogger("drwkv")
 
+INTERRUPT_SEC = 0.2  # how often who waits for a batch looks whether to go on
 ANNOUNCED_BATCHES = 64  # by whose streams the cache learns what this rank reads; they repeat within C batches
 
 
@@ -50,7 +58,14 @@ class DataConfig:
     )  # which samples of each set; by default all
     cache: str | None = None  # folder on the node's disk for sets on S3; None: see drwkv.data.cache
     cache_gib: float = DEFAULT_GIB  # most GiB in that folder, all ranks and sets together
+    timeout_sec: float = (
+        DEFAULT_TIMEOUT_SEC  # longest wait for a shard from S3; less than parallel.timeout_sec
+    )
     on_corrupt: str = "raise"  # what to do about a sample that stays corrupt: "raise" or "replace" it
+
+
+class InterruptedRead(RuntimeError):
+    """Waiting for data was given up, for whoever asked for it wants to end."""
 
 
 @dataclass
@@ -110,16 +125,23 @@ class Loader:
         # A forked DataLoader worker cannot use CUDA, not even to pin memory.
         self._pin = torch.cuda.is_available() and torch.utils.data.get_worker_info() is None
 
-    def batches(self, start: int, stride: int = 1) -> Generator[list[Batch], None, None]:
+    def batches(
+        self, start: int, stride: int = 1, *, interrupted: Callable[[], bool] | None = None
+    ) -> Generator[list[Batch], None, None]:
         """Micro-batches of [start, start + batch_size), then of every stride-th batch from there, for ever.
 
         What a thread raises is raised here, at the batch that it belongs to. Closing the generator ends its
-        threads.
+        threads. `interrupted` is asked while a batch is waited for, if threads read it: once it says yes,
+        InterruptedRead is raised, which ends the generator; a batch that is there is handed out before.
         """
         if start < 0:
             raise ValueError(f"the loader was to start at n = {start}, it must be 0 or more")
         first_counters = itertools.count(start, stride * self._batch_size)
-        batches = self._read_ahead(first_counters) if self._workers else self._read_here(first_counters)
+        batches = (
+            self._read_ahead(first_counters, interrupted)
+            if self._workers
+            else self._read_here(first_counters)
+        )
         cached = [s.files for s in self._sets if isinstance(s.files, CachedSet)]
         return self._announced(cached, batches, start, stride * self._batch_size) if cached else batches
 
@@ -142,6 +164,7 @@ class Loader:
         )
         uses = self._order.next_uses(n, streams)
         distances = np.where(uses == NEVER, NEVER, uses - n)
+        distances[uses < n + self._batch_size] = 0  # in use at once: one batch takes them in any order
         bounds = np.cumsum([len(s.shard_sizes) for s in self._sets])
         by_set = zip(self._sets, np.split(distances, bounds[:-1]), strict=True)
         return {s.files: distances for s, distances in by_set if isinstance(s.files, CachedSet)}
@@ -150,7 +173,9 @@ class Loader:
         for n0 in first_counters:
             yield [self._load(n) for n in self._pieces(n0)]
 
-    def _read_ahead(self, first_counters: Iterable[int]) -> Generator[list[Batch], None, None]:
+    def _read_ahead(
+        self, first_counters: Iterable[int], interrupted: Callable[[], bool] | None
+    ) -> Generator[list[Batch], None, None]:
         ended = threading.Event()
         pool = ThreadPoolExecutor(self._workers, "drwkv-loader", give_up_when, (ended,))
         waiting: deque[list[Future[Batch]]] = deque()
@@ -158,7 +183,7 @@ class Loader:
             for n0 in first_counters:
                 waiting.append([pool.submit(self._load, n) for n in self._pieces(n0)])
                 if len(waiting) > self._prefetch:
-                    yield [future.result() for future in waiting.popleft()]
+                    yield _results(waiting.popleft(), interrupted)
         finally:
             ended.set()
             pool.shutdown(wait=True, cancel_futures=True)
@@ -192,6 +217,17 @@ class Loader:
                     mine &= flip == copy
                 for at in n[mine].tolist():
                     log.warning("n = %d: sample %d stands in for %d, which is corrupt", at, other, sample_id)
+
+
+def _results(futures: Sequence[Future[Batch]], interrupted: Callable[[], bool] | None) -> list[Batch]:
+    """What the threads have read; InterruptedRead when it is not there yet and `interrupted` says yes."""
+    while interrupted:
+        done, missing = wait(futures, INTERRUPT_SEC, FIRST_EXCEPTION)
+        if not missing or any(future.exception() for future in done):
+            break
+        if interrupted():
+            raise InterruptedRead("reading was interrupted while a batch was waited for")
+    return [future.result() for future in futures]
 
 
 class ModelInput(Protocol):
@@ -251,6 +287,7 @@ class Data:
         world: Place | None = None,
         accumulate: int = 1,
         stride: int = 1,
+        interrupted: Callable[[], bool] | None = None,
     ) -> Generator[list[Batch], None, None]:
         """The micro-batches of one rank of `world` from counter `start` on, as `Loader.batches`."""
         return Loader(
@@ -264,7 +301,7 @@ class Data:
             flip=self.config.flip,
             workers=self.config.workers,
             prefetch=self.config.prefetch,
-        ).batches(start, stride)
+        ).batches(start, stride, interrupted=interrupted)
 
     def identity(self) -> dict[str, Any]:
         """All that decides what the n-th sample is, as JSON holds it; a checkpoint keeps it beside n."""
@@ -291,7 +328,7 @@ def open_data(config: DataConfig, *, seed: int) -> Data:
     config.select.check()
     cache = None
     if any(map(is_remote, config.paths)):
-        cache = open_cache(config.cache or default_folder(), config.cache_gib)
+        cache = open_cache(config.cache or default_folder(), config.cache_gib, config.timeout_sec)
     sets = [ShardSet.open(path, cache=cache, on_corrupt=config.on_corrupt) for path in config.paths]
     check_alike(sets)
     if config.flip:
@@ -324,6 +361,13 @@ def check_alike(sets: Sequence[ShardSet]) -> None:
                     f"shard sets that do not mix: {key} is {getattr(first, key)!r} in {sets[0].path}, "
                     f"{getattr(other.manifest, key)!r} in {other.path}; take one of them out of data.paths"
                 )
+        names, others = first.class_names, other.manifest.class_names
+        if names and others and names != others:
+            label = next(label for label, (a, b) in enumerate(zip(names, others, strict=True)) if a != b)
+            raise ValueError(
+                f"shard sets that do not mix: class {label} is {names[label]!r} in {sets[0].path}, "
+                f"{others[label]!r} in {other.path}; take one of them out of data.paths"
+            )
 
 
 def check_flips(sets: Sequence[ShardSet]) -> None:

@@ -2,12 +2,13 @@
 
 What the files hold is laid down in manifest.py; which sample comes when is order.py's; batches for the model
 are loader.py's. Here a sample id becomes an array by one read at the place that the index gives. A set in a
-folder is read in place; one on S3 through the node's cache, cache.py. How a file is read is open_files.py's.
+folder is read in place; one on S3 through the node's cache, the package cache. How a file is read is open_files.py's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -30,6 +31,7 @@ log = logging.getLogger("drwkv")
 READ_ATTEMPTS = (
     2  # a sample that reads badly is read once more before it is fetched again or counts as corrupt
 )
+DAMAGE_ERRORS = (errno.EIO, errno.ENOENT)  # of a read; all others are the machine's trouble, and no sample's
 REPLACEMENTS = 8  # samples that are tried in place of a corrupt one
 ON_CORRUPT = ("raise", "replace")
 
@@ -76,6 +78,7 @@ class ShardSet:
         if is_remote(path):
             cached = (cache or open_cache(default_folder())).open_set(path, self.manifest)
             self._files, folder = cached, os.fspath(cached.folder)
+        self._index_folder = folder
         self._entries, self._rows = self._read_index(folder)
         self.shard_names = [entry.name for entry in self._entries]
         self.shard_sizes = np.array([entry.num_samples for entry in self._entries], np.int64)
@@ -125,10 +128,18 @@ class ShardSet:
 
     def rows_of(self, shard: int) -> np.ndarray:
         """The index rows of one shard, memory-mapped; ValueError when they are not those of the manifest."""
-        rows = self._rows[self._first_rows[shard] : self._first_rows[shard + 1]]
+        span = slice(self._first_rows[shard], self._first_rows[shard + 1])
         if not self._rows_checked[shard]:
             file = os.path.join(self.path, layout.ROWS_NAME)
-            index_files.check_rows(rows, self._entries[shard], self.manifest, file)
+            try:
+                index_files.check_rows(self._rows[span], self._entries[shard], self.manifest, file)
+            except index_files.DamagedIndexError:
+                if not self._files.fetch_index_again():
+                    raise
+                log.warning("%s was damaged in the cache: fetched again", file)
+                self._entries, self._rows = self._read_index(self._index_folder)
+                index_files.check_rows(self._rows[span], self._entries[shard], self.manifest, file)
+            rows = self._rows[span]
             top = max(self.num_classes - 1, 0)
             wrong = np.flatnonzero((rows["label"] < 0) | (rows["label"] > top))
             if wrong.size:
@@ -137,7 +148,7 @@ class ShardSet:
                     f"{rows['label'][wrong[0]]}, but the manifest allows 0..{top}"
                 )
             self._rows_checked[shard] = True
-        return rows
+        return self._rows[span]
 
     def read(
         self, sample_ids: np.ndarray, flip: np.ndarray | None = None, out: np.ndarray | None = None
@@ -257,16 +268,19 @@ class ShardSet:
         prefix = "flip_" if copy else ""
         offset, size, crc = (int(row[prefix + name]) for name in ("offset", "size", "crc32c"))
         problem = ""
-        for _ in range(READ_ATTEMPTS):
+        for attempts_left in reversed(range(READ_ATTEMPTS)):
             try:
                 file = self._file(shard)  # held while it is read, or another thread may close it
                 data = os.pread(file.fd, size, offset)
             except OSError as error:
+                if error.errno not in DAMAGE_ERRORS and not attempts_left:
+                    raise
                 problem = f"cannot be read ({error.strerror})"
             else:
                 problem = self._problem(data, size, crc)
                 if not problem:
-                    self._verified[copy, sample_id] = True
+                    # Another thread may have begun with another copy of the file meanwhile.
+                    self._verified[copy, sample_id] = self._copies.get(shard) == file.copy
                     return data
             self._files.forget(shard)
         what = f"{self.path}: sample {sample_id} in {self.shard_names[shard]} ({self.manifest.members[copy]}"

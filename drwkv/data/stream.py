@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from drwkv.data.cache import DEFAULT_GIB, DEFAULT_TIMEOUT_SEC
 from drwkv.data.loader import Data, DataConfig, open_data
 from drwkv.data.selection import SelectionConfig
 
@@ -36,7 +37,8 @@ class ShardStream(IterableDataset[StreamBatch]):
     counted from n = 0, with a last batch of what is left (of fewer samples than ranks, the last ranks get none);
     None: never end. rank, world_size: both or neither; None: those of torch.distributed where it is set up, else
     RANK and WORLD_SIZE of the environment, else 0 of 1. workers: reading threads of each process. For streams,
-    window, weights, flip and prefetch see loader.DataConfig, for select selection.SelectionConfig.
+    window, weights, flip, prefetch, cache, cache_gib, timeout_sec and on_corrupt see loader.DataConfig, for select
+    selection.SelectionConfig.
 
     Each batch is a dict of tensors: x (B, C, H, W) uint8 pixels or (B, 2C, h, w) float16 moments, y (B,) int64
     labels, n (B,) int64 counters, sample_id (B,) int64. Worker w of k in a DataLoader reads the batches w, w + k,
@@ -63,6 +65,10 @@ class ShardStream(IterableDataset[StreamBatch]):
         epochs: int | None = None,
         workers: int = 2,
         prefetch: int = 4,
+        cache: str | os.PathLike[str] | None = None,
+        cache_gib: float = DEFAULT_GIB,
+        timeout_sec: float = DEFAULT_TIMEOUT_SEC,
+        on_corrupt: str = "raise",
     ) -> None:
         super().__init__()
         folders = [paths] if isinstance(paths, (str, os.PathLike)) else paths
@@ -75,6 +81,10 @@ class ShardStream(IterableDataset[StreamBatch]):
             workers=workers,
             prefetch=prefetch,
             select=select or SelectionConfig(),
+            cache=None if cache is None else os.fspath(cache),
+            cache_gib=cache_gib,
+            timeout_sec=timeout_sec,
+            on_corrupt=on_corrupt,
         )
         if epochs is not None and epochs < 1:
             raise ValueError(f"ShardStream: epochs is {epochs}, give 1 or more, or None for no end")

@@ -1,19 +1,24 @@
-"""Small shard sets for the tests of drwkv.data, written by the real writer."""
+"""Small shard sets for the tests of drwkv.data, written by the real writer, and what they are read through."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cached_sets import room_gib
+from s3_server import S3Server
 
 from data_prep.writer import ShardSetWriter
+from drwkv.data.cache import NodeCache
 from drwkv.data.manifest import Manifest, read_manifest
 from drwkv.data.shards import ShardSet
+from drwkv.storage import open_storage
 
 WriteSet = Callable[..., str]
+OpenCache = Callable[..., NodeCache]
 
 
 @pytest.fixture(scope="session")
@@ -127,3 +132,32 @@ def place_of() -> Callable[[ShardSet, int], tuple[Path, int, int]]:
         return Path(shards.path) / shards.shard_names[row["shard"]], int(row["offset"]), int(row["size"])
 
     return place
+
+
+@pytest.fixture
+def on_s3(s3: S3Server, use_s3: Callable[[S3Server], None]) -> Callable[[str], str]:
+    """on_s3(folder) -> the URL of a copy of the shard set in that folder."""
+
+    def upload(folder: str) -> str:
+        use_s3(s3)
+        url = f"s3://{s3.bucket()}/sets/one"
+        local, remote = open_storage(folder), open_storage(url)
+        for name in local.names():
+            remote.write(name, local.read(name))
+        return url
+
+    return upload
+
+
+@pytest.fixture
+def open_cache(tmp_path: Path) -> Iterator[OpenCache]:
+    """open_cache(shards=...) -> a NodeCache with room for so many shards of 10 samples and the index."""
+    opened: list[NodeCache] = []
+
+    def make(shards: float = 1000, *, folder: str = "cache", timeout_sec: float = 60.0) -> NodeCache:
+        opened.append(NodeCache(str(tmp_path / folder), room_gib(shards), timeout_sec=timeout_sec))
+        return opened[-1]
+
+    yield make
+    for cache in opened:
+        cache.close()

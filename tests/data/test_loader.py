@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from drwkv import rng
+from drwkv.data import loader as loader_module
 from drwkv.data.loader import Batch, DataConfig, Loader, flips, open_data
 from drwkv.data.order import Order
 from drwkv.data.shards import CorruptSampleError, ShardSet
@@ -263,3 +266,29 @@ def test_a_model_that_does_not_fit_the_data_is_refused(write_pixels):
     for change in ({"input_size": 4}, {"in_channels": 4}, {"num_classes": 1000}):
         with pytest.raises(ValueError, match=next(iter(change))):
             data.check_fits(dataclasses.replace(Model(), **change))
+
+
+def test_what_is_there_is_handed_out_though_the_reader_is_told_to_end(write_pixels):
+    data = open_data(config_of(write_pixels(), workers=2, prefetch=2), seed=0)
+    batches = data.batches(8, 0, interrupted=lambda: True)
+    [batch] = next(batches)
+    assert len(batch) == 8
+    batches.close()
+
+
+def test_an_error_of_one_micro_batch_is_raised_though_others_are_waited_for():
+    failed, never = Future[Batch](), Future[Batch]()
+    failed.set_exception(ValueError("wrong"))
+    with pytest.raises(ValueError, match="wrong"):
+        loader_module._results([failed, never], lambda: False)
+
+
+def test_sets_whose_labels_mean_other_classes_do_not_mix(write_pixels):
+    paths = [write_pixels("first"), write_pixels("second"), write_pixels("third")]
+    names = [[f"digit {i}" for i in range(10)], [f"digit {i}" for i in range(9)] + ["letter"], []]
+    for path, class_names in zip(paths, names, strict=True):
+        file = Path(path) / "manifest.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"class_names": class_names}))
+    with pytest.raises(ValueError, match="do not mix: class 9 is 'digit 9' in .*first, 'letter' in .*second"):
+        open_data(config_of(*paths), seed=0)
+    open_data(config_of(paths[0], paths[2]), seed=0)  # where one does not know, nothing speaks against it

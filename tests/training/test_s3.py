@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from faulty_proxy import Fault, Kind
-from processes import Applications, losses
+from processes import Applications, Group, losses
 
 from drwkv.storage import open_storage
 
@@ -63,6 +63,18 @@ def test_a_bucket_that_is_not_there_ends_the_run_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def wait_until_it_stands_still(group: Group, folder: Path) -> None:
+    """Until no step has ended for three seconds, though some had."""
+    lines, since, end = 0, time.monotonic(), time.monotonic() + 90
+    while not lines or time.monotonic() - since < 3:
+        assert group.running() and time.monotonic() < end, group.log.read_text()
+        metrics = folder / "metrics.jsonl"
+        now = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        if now != lines:
+            lines, since = now, time.monotonic()
+        time.sleep(0.1)
+
+
 def test_a_signal_during_an_outage_saves_and_asks_to_be_requeued(
     applications: Applications, on_s3: str, faulty_s3, use_s3, tmp_path: Path
 ) -> None:
@@ -80,10 +92,8 @@ def test_a_signal_during_an_outage_saves_and_asks_to_be_requeued(
         "run.total_steps=100000",
     ]
     group = applications.start(*arguments(folder, on_s3, shards, *more), world_size=2)
-    end = time.monotonic() + 90
-    while "trying again" not in group.log.read_text():
-        assert group.running() and time.monotonic() < end, group.log.read_text()
-        time.sleep(0.1)
+    wait_until_it_stands_still(group, folder)
+    assert proxy.counts[Kind.RESET]
     group.kill(signal.SIGTERM)
     finished = group.wait(60)
     assert finished.codes == [0, 0], finished.output

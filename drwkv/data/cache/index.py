@@ -6,6 +6,7 @@ What vouches for it is index_files.py's; a damaged download is tried again, and 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -14,44 +15,67 @@ import numpy as np
 
 from drwkv.data import index_files
 from drwkv.data import manifest as layout
-from drwkv.data.cache_folder import NOW
-from drwkv.data.cache_space import GIB, Space
+from drwkv.data.cache.folder import NOW, put_in_place, set_lock
+from drwkv.data.cache.space import GIB, Space
 from drwkv.data.manifest import Manifest, ShardEntry
 from drwkv.files import write_whole
 from drwkv.storage import StorageError, no_space_is_named, open_storage
 
+log = logging.getLogger("drwkv")
+
 ATTEMPTS = 3  # downloads of rows that do not have their hashes
-POLL_SEC = 0.01  # how often to ask for room
+POLL_SEC = 0.1  # how often to ask for room
 
 
-def fetch_index(url: str, manifest: Manifest, key: str, space: Space, timeout_sec: float) -> list[ShardEntry]:
+def fetch_index(
+    url: str, manifest: Manifest, key: str, space: Space, timeout_sec: float, *, afresh: bool = False
+) -> list[ShardEntry]:
     """The set's shard list; it and the index rows are in the cache afterwards, both as the manifest wants them.
 
-    The process that owns `space` has said already that it uses the set, or others might evict the index.
+    The process that owns `space` has said already that it uses the set, or others might evict the index. What the
+    cache has is replaced where it is damaged, as far as that shows without reading all rows; `afresh`: in any case.
     Raises ValueError in one line: a file is missing or another, or there is no room for index and one shard.
     """
     folder = space.folder.set_folder(key)
     mark = folder / "source.json"  # written last
-    with space.folder.locked(f"sets/{key}.lock"), no_space_is_named(str(space.folder.path)):
-        if mark.exists():
-            os.utime(mark)
-        else:
+    with space.folder.locked(set_lock(key)), no_space_is_named(str(space.folder.path)):
+        entries = None if afresh else _look(folder, manifest)
+        if entries is None:
+            (folder / layout.ROWS_NAME).unlink(missing_ok=True)  # who has it mapped keeps it
             try:
-                _download(url, manifest, folder, space, timeout_sec)
+                entries = _download(url, manifest, folder, space, timeout_sec)
             except FileNotFoundError as error:
                 raise ValueError(
                     f"{error}, though there is a manifest; {manifest.remedy(url, 'the set')}"
                 ) from None
             source = {"url": url, "index_hash": manifest.index_hash, "remedy": manifest.remedy(url)}
             write_whole(mark, json.dumps(source).encode())
-    entries = layout.shard_list_from_json((folder / layout.SHARD_LIST_NAME).read_text())
     index_bytes = sum((folder / name).stat().st_size for name in (layout.SHARD_LIST_NAME, layout.ROWS_NAME))
     _check_budget(f"the index and the largest shard of {url} take",
                   index_bytes + max(entry.num_bytes for entry in entries), space)  # fmt: skip
     return entries
 
 
-def _download(url: str, manifest: Manifest, folder: Path, space: Space, timeout_sec: float) -> None:
+def _look(folder: Path, manifest: Manifest) -> list[ShardEntry] | None:
+    """The shard list of an index that is in the cache already; None: there is none, or it is damaged."""
+    mark, text = folder / "source.json", folder / layout.SHARD_LIST_NAME
+    if not mark.exists():
+        return None
+    try:
+        entries = index_files.parse_shard_list(text.read_bytes(), manifest, str(text))
+        index_files.map_rows(folder / layout.ROWS_NAME, manifest, entries, str(folder / layout.ROWS_NAME))
+    except (FileNotFoundError, index_files.DamagedIndexError) as error:
+        log.warning(
+            "%s: a damaged index in the cache is fetched again (%s)", folder, str(error).partition(";")[0]
+        )
+        return None
+    os.utime(mark)
+    return entries
+
+
+def _download(
+    url: str, manifest: Manifest, folder: Path, space: Space, timeout_sec: float
+) -> list[ShardEntry]:
     """Put rows and shard list into `folder`, all of them held against their hashes."""
     storage = open_storage(url)
     text = storage.read(layout.SHARD_LIST_NAME)
@@ -71,10 +95,13 @@ def _download(url: str, manifest: Manifest, folder: Path, space: Space, timeout_
                     raise
         for name in ("index", "shards"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        os.replace(incoming, folder / layout.ROWS_NAME)
-        write_whole(folder / layout.SHARD_LIST_NAME, text)
+        put_in_place(incoming, folder / layout.ROWS_NAME)
+        write_whole(
+            folder / layout.SHARD_LIST_NAME, text
+        )  # not synced: its hash is looked at whenever it is read
     finally:
         incoming.unlink(missing_ok=True)
+    return entries
 
 
 def _check_rows(file: Path, manifest: Manifest, entries: list[ShardEntry], where: str) -> None:

@@ -1,15 +1,15 @@
 """What a node's cache fetches from S3, and the fetching: one process of the node does it for all.
 
-What is needed soonest, as the living processes say, is fetched first, as far ahead as cache_space.py finds room for:
-reading ahead needs no other rule. Waiting for what is fetched is cache.py's.
+What is needed soonest, as the living processes say, is fetched first, as far ahead as space.py finds room for:
+reading ahead needs no other rule. Waiting for what is fetched is node.py's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 
 from drwkv.data import manifest as layout
-from drwkv.data.cache_folder import NOW, Demand, Place
-from drwkv.data.cache_space import GIB, Space
+from drwkv.data.cache.folder import NOW, Place, put_in_place
+from drwkv.data.cache.life import Demand
+from drwkv.data.cache.space import GIB, Space
 from drwkv.data.order import NEVER
 from drwkv.files import write_whole
-from drwkv.storage import StorageError, UnavailableError, open_storage
+from drwkv.storage import NoSpaceError, StorageError, UnavailableError, open_storage
 
 log = logging.getLogger("drwkv")
 
@@ -33,6 +34,7 @@ RETRY_SEC, MAX_RETRY_SEC = (
     2.0,
     60.0,
 )  # after a failure that nobody waits for, doubling; RETRY_SEC if somebody does
+FULL_DISK_ATTEMPTS = 3  # fetches of a shard that may meet a full disk before who waits for it is told
 LOOK_SEC = 1.0  # how often to see who has died
 
 FETCHER_LOCK = "fetcher.lock"
@@ -56,23 +58,24 @@ class Source:
         return cls(said["url"], said["remedy"], [entry.name for entry in entries], sizes)
 
     def fetch(self, number: int, incoming: Path, target: Path) -> None:
-        """Download one shard and put it in place whole; FileNotFoundError, StorageError."""
+        """Download one shard and put it in place whole. StorageError; OSError of the cache folder."""
         storage, name, expected = open_storage(self.url), self.names[number], int(self.num_bytes[number])
         try:
-            found = storage.size(name)
-            if found == expected:
-                storage.download(name, incoming)
-                found = incoming.stat().st_size
+            try:
+                found = storage.size(name)
+                if found == expected:
+                    storage.download(name, incoming)
+                    found = incoming.stat().st_size
+            except FileNotFoundError:
+                raise StorageError(
+                    f"{storage.where(name)} is missing, though the index lists it; {self.remedy}"
+                ) from None
             if found != expected:
                 raise StorageError(
                     f"{storage.where(name)} has {found} bytes, expected {expected}: the index is older than the tar; "
                     f"{self.remedy}"
                 )
-            os.replace(incoming, target)
-        except FileNotFoundError:
-            raise StorageError(
-                f"{storage.where(name)} is missing, though the index lists it; {self.remedy}"
-            ) from None
+            put_in_place(incoming, target)
         finally:
             incoming.unlink(missing_ok=True)
 
@@ -87,13 +90,14 @@ class _Failure:
 
     at: float
     wait_sec: float = RETRY_SEC
+    in_a_row: int = 1  # failures of this shard
 
 
 class Fetcher:
     """Does the fetching of one cache folder, for as long as its maker holds FETCHER_LOCK; `step` is called often."""
 
     def __init__(self, space: Space) -> None:
-        self._space, self._folder, self._budget = space, space.folder, space.budget_bytes
+        self._space, self._folder, self._budget = space, space.folder, space.budget()
         self._sources: dict[str, Source] = {}
         self._under_way: dict[Place, Future[None]] = {}
         self._failures: dict[Place, _Failure] = {}
@@ -113,7 +117,7 @@ class Fetcher:
             changed, self._stamp, self._looked = True, stamp, now
             living = self._folder.living()
             self._folder.clear_incoming(living)
-            self._demand = self._folder.demand(living)
+            self._demand, self._budget = self._folder.demand(living), self._space.budget()
             self._warn_when_too_small()
         if changed or self._folder.bytes_leaving():
             self._folder.clear_leaving()
@@ -152,7 +156,7 @@ class Fetcher:
                 continue
             distances = demanded.copy()
             held = self._folder.held_set(key)
-            distances[[shard.number for shard in held.shards]] = NEVER
+            distances[held.numbers] = NEVER
             for (other, number), failure in self._failures.items():
                 if other == key:
                     wait_sec = RETRY_SEC if distances[number] == NOW else failure.wait_sec
@@ -183,19 +187,28 @@ class Fetcher:
             if not isinstance(error, (OSError, ValueError)):
                 log.error("fetching shard %d of set %s failed", place[1], place[0], exc_info=error)
             message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            self._fail(place, message, may_pass=isinstance(error, UnavailableError))
+            self._fail(place, message, may_pass=self._may_pass(place, error))
         return bool(ended)
 
     def _fail(self, place: Place, message: str, *, may_pass: bool = False) -> None:
         """Try again later; tell whoever waits, unless all that is needed may be patience."""
-        before = self._failures.get(place)
-        wait_sec = min(2 * before.wait_sec, MAX_RETRY_SEC) if before else RETRY_SEC
-        self._failures[place] = _Failure(time.monotonic(), wait_sec)
+        failure = _Failure(time.monotonic())
+        if before := self._failures.get(place):
+            failure.wait_sec = min(2 * before.wait_sec, MAX_RETRY_SEC)
+            failure.in_a_row = before.in_a_row + 1
+        self._failures[place] = failure
         if may_pass:
             log.warning("%s; trying again, as long as the reader's time limit allows", message)
             return
         with contextlib.suppress(FileNotFoundError):  # the whole set may have gone meanwhile
             write_whole(self._folder.error_file(*place), message.encode())
+
+    def _may_pass(self, place: Place, error: BaseException) -> bool:
+        """Whether patience may help: the store may answer again, and others, who filled the disk, be made room for."""
+        if isinstance(error, UnavailableError):
+            return True
+        before = self._failures.get(place)
+        return _is_full_disk(error) and (before.in_a_row if before else 0) < FULL_DISK_ATTEMPTS
 
     def _source(self, key: str) -> Source:
         if key not in self._sources:
@@ -215,6 +228,11 @@ class Fetcher:
                 "again and again; raise data.cache_gib",
                 self._folder.path, at_once / GIB, self._budget / GIB,
             )  # fmt: skip
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """Whether it says that the disk has no space left, in our words or in the system's."""
+    return isinstance(error, NoSpaceError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC)
 
 
 def _in_thread(work: Callable[[], None]) -> Future[None]:

@@ -12,65 +12,30 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
 import pytest
+from cached_sets import INDEX_BYTES, TAR_BYTES, eventually, flip_bit, room_gib
 from faulty_proxy import Fault, Kind
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import Finished, Group
-from s3_server import S3Server
 from small_disk import on_small_disk
 
-from drwkv.data import cache as cache_module
-from drwkv.data import cache_session
-from drwkv.data.cache import NodeCache
-from drwkv.data.cache_folder import CacheFolder, LifeSign, open_shared
-from drwkv.data.cache_space import GIB, Space, farthest
+from drwkv.data.cache import NodeCache, node, session
+from drwkv.data.cache.folder import CacheFolder
+from drwkv.data.cache.life import LifeSign
+from drwkv.data.cache.locks import open_shared
+from drwkv.data.cache.space import GIB, Space, farthest
 from drwkv.data.loader import DataConfig, open_data
 from drwkv.data.order import NEVER
 from drwkv.data.shards import CorruptSampleError, ShardSet
 from drwkv.storage import StorageError, open_storage
 
 RANK = "tests/support/reading_rank.py"
-INDEX_BYTES = 64 << 10  # more than any index here takes
-TAR_BYTES = 20480  # of a shard of 10 samples
-
-OpenCache = Callable[..., NodeCache]
-
-
-@pytest.fixture
-def on_s3(s3: S3Server, use_s3: Callable[[S3Server], None]) -> Callable[[str], str]:
-    """on_s3(folder) -> the URL of a copy of the shard set in that folder."""
-
-    def upload(folder: str) -> str:
-        use_s3(s3)
-        url = f"s3://{s3.bucket()}/sets/one"
-        local, remote = open_storage(folder), open_storage(url)
-        for name in local.names():
-            remote.write(name, local.read(name))
-        return url
-
-    return upload
-
-
-@pytest.fixture
-def open_cache(tmp_path: Path) -> Iterator[OpenCache]:
-    """open_cache(shards=...) -> a NodeCache with room for so many shards of 10 samples and the index."""
-    opened: list[NodeCache] = []
-
-    def make(shards: float = 1000, *, folder: str = "cache", timeout_sec: float = 60.0) -> NodeCache:
-        gib = (shards * TAR_BYTES + INDEX_BYTES) / GIB
-        opened.append(NodeCache(str(tmp_path / folder), gib, timeout_sec=timeout_sec))
-        return opened[-1]
-
-    yield make
-    for cache in opened:
-        cache.close()
 
 
 def write_job(
@@ -80,7 +45,7 @@ def write_job(
     job = {
         "data": {
             "paths": [url], "streams": 4, "window": 16, "workers": 2,
-            "cache": str(tmp_path / "cache"), "cache_gib": (shards * TAR_BYTES + INDEX_BYTES) / GIB, **data,
+            "cache": str(tmp_path / "cache"), "cache_gib": room_gib(shards), **data,
         },
         "batch_size": batch_size,
         "start": 0,
@@ -143,15 +108,8 @@ def watch(group: Group, folder: Path) -> tuple[Finished, int]:
     return group.wait(), most
 
 
-def eventually(condition: Callable[[], object], timeout_sec: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_sec
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
-
-
 def cached_shards(cache: NodeCache) -> set[int]:
-    return {shard.number for held in cache.folder.held() for shard in held.shards}
+    return {number for held in cache.folder.held() for number in held.numbers.tolist()}
 
 
 # The rule.
@@ -281,7 +239,7 @@ def test_a_cache_smaller_than_the_data_holds_what_is_needed_next(
     write_pixels, on_s3, open_cache, monkeypatch
 ):
     """Sequential use, with a follower that tells the truth: each shard is there before it is asked for."""
-    monkeypatch.setattr(cache_session, "PUBLISH_SEC", 0.05)
+    monkeypatch.setattr(session, "PUBLISH_SEC", 0.05)
     url, cache = on_s3(write_pixels()), open_cache(2)
     shards = ShardSet.open(url, cache=cache)
     at = 0
@@ -379,9 +337,9 @@ def test_killed_ranks_lose_nothing_and_another_takes_the_fetching_over(
     folder.clear_incoming(folder.living())
     assert folder.living() == [] and folder.bytes_incoming() == 0
     for held in folder.held():
-        for shard in held.shards:
-            original = Path(path) / f"shard-{shard.number:06d}.tar"
-            assert folder.shard_file(shard.key, shard.number).read_bytes() == original.read_bytes()
+        for number in held.numbers.tolist():
+            original = Path(path) / f"shard-{number:06d}.tar"
+            assert folder.shard_file(held.key, number).read_bytes() == original.read_bytes()
 
 
 def fetching_process(cache: Path, but_not: list[int]) -> int:
@@ -444,12 +402,6 @@ def test_a_forked_child_reads_for_itself_and_holds_no_lock_of_its_parents(write_
 # Damage.
 
 
-def flip_bit(file: Path, offset: int) -> None:
-    data = bytearray(file.read_bytes())
-    data[offset] ^= 4
-    file.write_bytes(data)
-
-
 def test_a_sample_damaged_in_the_cache_is_fetched_again_and_mended_and_told_once(
     write_pixels, on_s3, open_cache, place_of, caplog
 ):
@@ -485,7 +437,7 @@ def corrupt(write_pixels, place_of) -> tuple[str, int, list[int]]:
 def test_a_sample_that_stays_corrupt_raises_or_is_replaced_by_the_next_of_its_class(
     corrupt, remote, request, tmp_path, caplog, monkeypatch
 ):
-    monkeypatch.setattr(cache_module, "BACKOFF_SEC", 0.01)
+    monkeypatch.setattr(node, "BACKOFF_SEC", 0.01)
     path, bad, others = corrupt
     where = request.getfixturevalue("on_s3")(path) if remote else path
     options = {"cache": str(tmp_path / "cache"), "cache_gib": 0.01, "streams": 2, "window": 8, "workers": 0}

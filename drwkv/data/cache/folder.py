@@ -1,6 +1,6 @@
 """What lies in a node's cache folder, and who may touch it: life signs, demands, shards on their way in and out.
 
-    CACHE/ranks/ID.lock          locked while the process ID lives
+    CACHE/ranks/ID.lock          locked while the process ID lives; the bytes that it lets the cache hold
     CACHE/ranks/ID.npz           its demand: for each set, how far ahead in counters it needs each shard
     CACHE/sets/KEY/source.json   which set this is; touched whenever it is opened
     CACHE/sets/KEY/index/...     its shard list and index rows, checked
@@ -13,89 +13,62 @@
 Locks are flock's, which end with their process however it ends. So nothing has to be cleaned up by the one who
 is killed, and everything here is either whole or known to be somebody's who lives.
 
-What is fetched and evicted when is fetcher.py's; reading is cache.py's.
+What is fetched and evicted when is fetcher.py's; reading is node.py's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
-import io
 import itertools
 import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from drwkv.files import write_whole
+from drwkv.data.cache.life import Demand
+from drwkv.data.cache.locks import take, unlock
 from drwkv.storage import StorageError
 
+MTIME_TICK_NS = 20_000_000  # how coarse the clock of a file system may be, and more
 NOW = -1  # the distance of a shard that a reader waits for
 
-Demand = dict[
-    str, np.ndarray
-]  # set key -> (num_shards,) int64 distances: counters until each shard is needed
 Place = tuple[str, int]  # a set's key and a shard's number
 
 
 @dataclass(frozen=True)
-class HeldShard:
-    """A whole shard in the cache."""
-
-    key: str  # of its set
-    number: int  # in the set's shard list
-    num_bytes: int
-
-
-@dataclass(frozen=True)
 class HeldSet:
-    """A set of which anything is in the cache."""
+    """A set of which anything is in the cache: its index, and its whole shards."""
 
     key: str
     opened: float  # when last, seconds since 1970
     index_bytes: int
-    shards: list[HeldShard]
+    numbers: np.ndarray  # (N,) int64: which of the set's shards
+    shard_bytes: np.ndarray  # (N,) int64
 
     @property
     def num_bytes(self) -> int:
-        return self.index_bytes + sum(shard.num_bytes for shard in self.shards)
+        return self.index_bytes + int(self.shard_bytes.sum())
 
 
-class LifeSign:
-    """A locked file that says that this process lives, and beside it what the process needs."""
+@dataclass(frozen=True)
+class _Listing:
+    """The shards in one folder, good until the folder changes."""
 
-    def __init__(self, ranks: Path) -> None:
-        self.id = f"{os.getpid()}-{secrets.token_hex(4)}"
-        self._demand = ranks / f"{self.id}.npz"
-        self._lock = ranks / f"{self.id}.lock"
-        # Locked before it has its name, or another process could take it for one of the dead.
-        unnamed = ranks / f".{self.id}"
-        self._fd = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
-        os.rename(unnamed, self._lock)
+    stamp: int  # st_mtime_ns of the folder; 0: it may have changed in the same tick, look again
+    sizes: dict[str, int]  # file name -> bytes
+    numbers: np.ndarray  # (N,) int64
+    num_bytes: np.ndarray  # (N,) int64
 
-    def publish(self, demand: Demand) -> None:
-        """Replace what this process says that it needs."""
-        stream = io.BytesIO()
-        np.savez(stream, allow_pickle=False, **demand)
-        write_whole(self._demand, stream.getvalue())
 
-    def end(self) -> None:
-        """Take the sign away: the process needs nothing any more."""
-        self._demand.unlink(missing_ok=True)
-        self._lock.unlink(missing_ok=True)
-        self.forget()
-
-    def forget(self) -> None:
-        """Close the file without a word, as a forked child does with its parent's sign."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+_NOTHING = _Listing(0, {}, np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
 class CacheFolder:
@@ -120,6 +93,7 @@ class CacheFolder:
                 "chmod go-w it, or give another by data.cache"
             )
         self._count = itertools.count()
+        self._listings: dict[Path, _Listing] = {}
 
     def set_folder(self, key: str) -> Path:
         return self.sets / key
@@ -138,12 +112,12 @@ class CacheFolder:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(fd)
+            unlock(fd)
 
     def try_lock(self, name: str) -> int | None:
-        """The descriptor that holds a lock file of this folder until it is closed; None: another holds it."""
+        """The descriptor that holds a lock file of this folder until `unlock`; None: another holds it."""
         fd = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        if _take(fd, fcntl.LOCK_EX):
+        if take(fd, fcntl.LOCK_EX):
             return fd
         os.close(fd)
         return None
@@ -155,7 +129,7 @@ class CacheFolder:
             with contextlib.suppress(FileNotFoundError):
                 fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
                 try:
-                    if not _take(fd, fcntl.LOCK_EX):
+                    if not take(fd, fcntl.LOCK_EX):
                         living.append(lock.stem)
                         continue
                     for left_behind in (*self.ranks.glob(f"{lock.stem}.npz*"), lock):
@@ -181,10 +155,20 @@ class CacheFolder:
                         nearest[key] = np.minimum(others, theirs)
         return nearest
 
+    def largest_budget(self) -> int:
+        """The most bytes that any process of those with a life sign lets the cache hold."""
+        largest = 0
+        for lock in self.ranks.glob("*.lock"):
+            with contextlib.suppress(FileNotFoundError):
+                largest = max(largest, int(lock.read_text() or 0))
+        return largest
+
     def demand_stamp(self) -> tuple[tuple[str, int, int], ...]:
-        """Changes whenever any process publishes, begins or ends; cheap enough to ask often."""
+        """Changes whenever any process publishes or ends; cheap enough to ask often."""
         stamp = []
         for entry in os.scandir(self.ranks):
+            if not entry.name.endswith(".npz"):
+                continue
             with contextlib.suppress(FileNotFoundError):
                 status = entry.stat()
                 stamp.append((entry.name, status.st_ino, status.st_mtime_ns))
@@ -195,7 +179,7 @@ class CacheFolder:
         return [self.held_set(entry.name) for entry in os.scandir(self.sets) if entry.is_dir()]
 
     def bytes_leaving(self) -> int:
-        return sum(size for _, size in _files(self.leaving))
+        return sum(status.st_size for _, status in _files(self.leaving))
 
     def bytes_incoming(self) -> int:
         return sum(int(name.split(".")[1]) for name, _ in _files(self.incoming))
@@ -214,7 +198,10 @@ class CacheFolder:
 
     def free_bytes(self) -> int:
         """What the disk still has for us, less what files on their way in have yet to take of it."""
-        to_come = sum(max(int(name.split(".")[1]) - size, 0) for name, size in _files(self.incoming))
+        # A download gives its file the full size at once: only the blocks tell what it has taken.
+        to_come = sum(
+            max(int(name.split(".")[1]) - 512 * status.st_blocks, 0) for name, status in _files(self.incoming)
+        )
         return shutil.disk_usage(self.path).free - to_come
 
     def clear_incoming(self, living: list[str]) -> None:
@@ -223,15 +210,26 @@ class CacheFolder:
             if name.split(".")[0] not in living:
                 (self.incoming / name).unlink(missing_ok=True)
 
-    def evict(self, shard: HeldShard) -> None:
+    def evict(self, place: Place) -> None:
         """Take a shard out of readers' sight; its bytes are free once the last has closed it."""
-        target = self.leaving / f"{shard.key}.{shard.number}.{secrets.token_hex(4)}"
+        key, number = place
+        target = self.leaving / f"{key}.{number}.{secrets.token_hex(4)}"
         with contextlib.suppress(FileNotFoundError):
-            os.rename(self.shard_file(shard.key, shard.number), target)
+            os.rename(self.shard_file(key, number), target)
 
     def remove_set(self, key: str) -> None:
-        """Remove a set without shards, which no living process has open; under space.lock."""
-        shutil.rmtree(self.set_folder(key), ignore_errors=True)
+        """Remove a set without shards, unless a living process has it open or is about to.
+
+        Who opens a set says so first, and then looks at what is here while it holds the set's lock.
+        """
+        fd = self.try_lock(set_lock(key))
+        if fd is None:
+            return
+        try:
+            if key not in self.demand(self.living()):
+                shutil.rmtree(self.set_folder(key), ignore_errors=True)
+        finally:
+            unlock(fd)
 
     def shards_leaving(self) -> set[Place]:
         """(set key, shard number) of what readers should close."""
@@ -247,7 +245,7 @@ class CacheFolder:
             with contextlib.suppress(FileNotFoundError):
                 fd = os.open(self.leaving / name, os.O_RDONLY | os.O_CLOEXEC)
                 try:
-                    if _take(fd, fcntl.LOCK_EX):
+                    if take(fd, fcntl.LOCK_EX):
                         os.unlink(self.leaving / name)
                 finally:
                     os.close(fd)
@@ -255,39 +253,56 @@ class CacheFolder:
     def held_set(self, key: str) -> HeldSet:
         """What of one set is whole."""
         folder = self.set_folder(key)
-        shards = [
-            HeldShard(key, int(name.removesuffix(".tar")), size)
-            for name, size in _files(folder / "shards")
-            if name.endswith(".tar")
-        ]
-        index_bytes = sum(size for _, size in _files(folder / "index"))
+        listing = self._list_shards(folder / "shards")
+        index_bytes = sum(status.st_size for _, status in _files(folder / "index"))
+        opened = 0.0
         with contextlib.suppress(FileNotFoundError):
-            return HeldSet(key, (folder / "source.json").stat().st_mtime, index_bytes, shards)
-        return HeldSet(key, 0.0, index_bytes, shards)
+            opened = (folder / "source.json").stat().st_mtime
+        return HeldSet(key, opened, index_bytes, listing.numbers, listing.num_bytes)
+
+    def _list_shards(self, folder: Path) -> _Listing:
+        """The shards in a folder, read again only when it has changed, and then only what is new in it."""
+        known, now = self._listings.get(folder, _NOTHING), time.time_ns()
+        try:
+            stamp = os.stat(folder).st_mtime_ns
+            if known.stamp == stamp:
+                return known
+            names = {name for name in os.listdir(folder) if name.endswith(".tar")}
+        except FileNotFoundError:
+            self._listings.pop(folder, None)
+            return _NOTHING
+        if stamp > now - MTIME_TICK_NS:
+            stamp = 0
+        if names == known.sizes.keys():
+            listing = dataclasses.replace(known, stamp=stamp)
+        else:
+            sizes = {name: num_bytes for name, num_bytes in known.sizes.items() if name in names}
+            for name in names - sizes.keys():
+                with contextlib.suppress(FileNotFoundError):
+                    sizes[name] = (folder / name).stat().st_size
+            numbers = np.array([int(name.removesuffix(".tar")) for name in sizes], np.int64)
+            listing = _Listing(stamp, sizes, numbers, np.array(list(sizes.values()), np.int64))
+        self._listings[folder] = listing
+        return listing
 
 
-def open_shared(path: Path) -> int:
-    """A descriptor of a file of the cache that keeps it from being removed; FileNotFoundError: it is not there."""
-    while True:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        if _take(fd, fcntl.LOCK_SH) and os.fstat(fd).st_nlink:
-            return fd
-        os.close(fd)  # it was removed just now
+def set_lock(key: str) -> str:
+    """The lock file of a set, held by who fetches its index or removes it."""
+    return f"sets/{key}.lock"
 
 
-def _take(fd: int, kind: int) -> bool:
-    try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def put_in_place(incoming: Path, target: Path) -> None:
+    """Rename what has come whole, once it is on the disk: after a power cut a name alone would vouch for it."""
+    with open(incoming, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(incoming, target)
 
 
-def _files(folder: Path) -> list[tuple[str, int]]:
-    """(name, bytes) of the files of one folder; those that vanish meanwhile are left out."""
+def _files(folder: Path) -> list[tuple[str, os.stat_result]]:
+    """The files of one folder with their status; those that vanish meanwhile are left out."""
     found = []
     with contextlib.suppress(FileNotFoundError):
         for entry in os.scandir(folder):
             with contextlib.suppress(FileNotFoundError):
-                found.append((entry.name, entry.stat().st_size))
+                found.append((entry.name, entry.stat()))
     return found

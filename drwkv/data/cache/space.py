@@ -6,12 +6,14 @@ A shard on its way in holds its bytes from the start, and one on its way out unt
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from drwkv.data.cache_folder import CacheFolder, Demand, HeldShard
+from drwkv.data.cache.folder import CacheFolder, Place
+from drwkv.data.cache.life import Demand
 from drwkv.data.order import NEVER
 from drwkv.storage import StorageError
 
@@ -38,11 +40,18 @@ def farthest(
 
 @dataclass(frozen=True)
 class Space:
-    """The budget of a cache folder, on the account of one process."""
+    """The budget of a cache folder, on the account of one process.
+
+    Runs that share a folder may allow it different budgets; the largest of the living is everybody's.
+    """
 
     folder: CacheFolder
     owner: str  # id of the process's life sign
-    budget_bytes: int
+    budget_bytes: int  # as this process has it
+
+    def budget(self) -> int:
+        """The bytes that the folder may hold now."""
+        return max(self.budget_bytes, self.folder.largest_budget())
 
     def reserve(self, demand: Demand, num_bytes: int, distance: int) -> Path | None:
         """A file to fetch into, for which there is room; shards that are needed later than `distance` are evicted.
@@ -54,15 +63,14 @@ class Space:
             self.folder.clear_leaving()
             leaving, room = self.folder.bytes_leaving(), self._room()
             if num_bytes > room + leaving:
-                shards, distances = self._by_distance(demand)
-                sizes = np.array([shard.num_bytes for shard in shards], np.int64)
+                places, sizes, distances = self._by_distance(demand)
                 chosen = farthest(distances, sizes, distance, num_bytes - room - leaving)
                 if chosen is None:
                     if distance <= 0 and not leaving:
                         self._check_disk(num_bytes)
                     return None
                 for i in chosen.tolist():
-                    self.folder.evict(shards[i])
+                    self.folder.evict(places[i])
                 self.folder.clear_leaving()
                 room = self._room()
             return self.folder.new_incoming(self.owner, num_bytes) if num_bytes <= room else None
@@ -70,7 +78,7 @@ class Space:
     def _room(self) -> int:
         """Bytes that may be taken now, by the budget and on the disk."""
         of_disk = self.folder.free_bytes() - DISK_MARGIN_BYTES
-        return min(self.budget_bytes - self.folder.used_bytes(), of_disk)
+        return min(self.budget() - self.folder.used_bytes(), of_disk)
 
     def _check_disk(self, num_bytes: int) -> None:
         """StorageError when it is the disk that is full, and not of files that are still on their way."""
@@ -81,18 +89,19 @@ class Space:
                 f"and nothing here can be evicted for them; free some, or give another folder by data.cache"
             )
 
-    def _by_distance(self, demand: Demand) -> tuple[list[HeldShard], np.ndarray]:
-        """All whole shards, those of the set that was opened longest ago first, and how far they are needed."""
-        shards, distances = [], []
+    def _by_distance(self, demand: Demand) -> tuple[list[Place], np.ndarray, np.ndarray]:
+        """All whole shards, those of the set opened longest ago first; (N,) their bytes and (N,) their distances."""
+        places, sizes, distances = list[Place](), [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for held in sorted(self.folder.held(), key=lambda held: held.opened):
-            of_set = demand.get(held.key)
-            for shard in held.shards:
-                if of_set is None:
-                    distances.append(NEVER)
-                else:  # what a living process has open leaves after what none has
-                    known = shard.number < len(of_set)
-                    distances.append(min(int(of_set[shard.number]), NEVER - 1) if known else NEVER - 1)
-                shards.append(shard)
-            if of_set is None and not held.shards:
+            of_shards = np.full(len(held.numbers), NEVER)
+            if (of_set := demand.get(held.key)) is not None:
+                # What a living process has open leaves after what none has.
+                known = held.numbers < len(of_set)
+                of_shards[known] = of_set[held.numbers[known]]
+                of_shards = np.minimum(of_shards, NEVER - 1)
+            elif not len(held.numbers):
                 self.folder.remove_set(held.key)
-        return shards, np.array(distances, np.int64)
+            places += zip(itertools.repeat(held.key), held.numbers.tolist())
+            sizes.append(held.shard_bytes)
+            distances.append(of_shards)
+        return places, np.concatenate(sizes), np.concatenate(distances)

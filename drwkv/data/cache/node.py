@@ -1,11 +1,6 @@
-"""Shard sets on S3, read through a folder on the node's local disk that all of its processes and later runs share.
+"""The reading side of a node's cache: a set's shards, opened when they are there, or waited for until they are.
 
-    cache = NodeCache("/local/cache", budget_gib=500)
-    shards = ShardSet.open("s3://bucket/latents", cache=cache)
-
-Here is the reading side: a shard's file is opened when it is there, or waited for. Each process has a thread that
-says what it will need (cache_session.py), and one of them fetches it (fetcher.py), as far as there is room
-(cache_space.py). What lies in the folder is cache_folder.py's; a set's index is fetched by cached_index.py.
+What the rest of a cache is, the package says.
 """
 
 from __future__ import annotations
@@ -15,6 +10,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import random
 import tempfile
@@ -24,15 +20,19 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
-from drwkv.data.cache_folder import CacheFolder, open_shared
-from drwkv.data.cache_session import Follower, Session
-from drwkv.data.cache_space import GIB
-from drwkv.data.cached_index import fetch_index
+from drwkv.data.cache.folder import CacheFolder
+from drwkv.data.cache.index import fetch_index
+from drwkv.data.cache.locks import open_shared
+from drwkv.data.cache.session import Follower, Session
+from drwkv.data.cache.space import GIB
 from drwkv.data.manifest import Manifest, ShardEntry
 from drwkv.data.open_files import OpenFile, OpenFiles
 from drwkv.storage import StorageError, open_storage
 
+log = logging.getLogger("drwkv")
+
 DEFAULT_GIB = 64.0  # budget of a cache
+DEFAULT_TIMEOUT_SEC = 540.0  # longest wait for a shard
 POLL_SEC = 0.01  # how often a waiting reader looks
 SAMPLE_ATTEMPTS = 6  # ranged reads of a sample that has not its checksum
 BACKOFF_SEC, MAX_BACKOFF_SEC = 0.1, 5.0  # between them: the n-th is uniform in [0, min(MAX, BACKOFF 2^n)]
@@ -44,24 +44,33 @@ def default_folder() -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def open_cache(folder: str, budget_gib: float = DEFAULT_GIB) -> NodeCache:
-    """The process's one NodeCache of a folder and budget, open until the process ends."""
-    return NodeCache(folder, budget_gib)
+def open_cache(
+    folder: str, budget_gib: float = DEFAULT_GIB, timeout_sec: float = DEFAULT_TIMEOUT_SEC
+) -> NodeCache:
+    """The process's one NodeCache of a folder, budget and time limit, open until the process ends."""
+    return NodeCache(folder, budget_gib, timeout_sec=timeout_sec)
 
 
 class NodeCache:
     """A cache folder, as one process uses it.
 
     folder: on a local disk, for flock must work; None: default_folder(). budget_gib: most GiB that it may hold,
-    files on their way included. timeout_sec: how long a reader waits for a shard before it gives up.
+    files on their way included; where runs share the folder, the largest of their budgets holds. timeout_sec: how
+    long a reader waits for a shard before it gives up.
     Raises StorageError when the folder cannot be made or others may write there.
     """
 
     def __init__(
-        self, folder: str | None = None, budget_gib: float = DEFAULT_GIB, *, timeout_sec: float = 1800.0
+        self,
+        folder: str | None = None,
+        budget_gib: float = DEFAULT_GIB,
+        *,
+        timeout_sec: float = DEFAULT_TIMEOUT_SEC,
     ) -> None:
         if not budget_gib > 0:
             raise ValueError(f"config key 'data.cache_gib' is {budget_gib}, give more than 0")
+        if not timeout_sec > 0:
+            raise ValueError(f"config key 'data.timeout_sec' is {timeout_sec}, give more than 0")
         self.folder = CacheFolder(folder or default_folder())
         self.budget_bytes, self.timeout_sec = int(budget_gib * GIB), timeout_sec
         self._sets: weakref.WeakSet[CachedSet] = weakref.WeakSet()
@@ -73,14 +82,20 @@ class NodeCache:
     def open_set(self, url: str, manifest: Manifest) -> CachedSet:
         """The set at `url`, its index fetched and checked. ValueError in one line when it is not sound."""
         url = url.rstrip("/")
-        opened = CachedSet(self, url, _key(url, manifest.index_hash))
-        self._sets.add(opened)
+        opened = CachedSet(self, url, _key(url, manifest.index_hash), manifest)
+        with self._lock:
+            self._sets.add(opened)
         # From here on the set has a living user, and nobody removes its index.
         session = self.session()
         session.publish()
         opened.learn(fetch_index(url, manifest, opened.key, session.space, self.timeout_sec))
         session.publish()
         return opened
+
+    def open_sets(self) -> list[CachedSet]:
+        """Those of this process that are in use."""
+        with self._lock:
+            return list(self._sets)
 
     @contextlib.contextmanager
     def follow(self, follower: Follower) -> Iterator[None]:
@@ -95,7 +110,7 @@ class NodeCache:
         """This process's part in the cache: a forked child has its own."""
         with self._lock:
             if self._session is None:
-                self._session = Session(self.folder, self.budget_bytes, self._sets)
+                self._session = Session(self.folder, self.budget_bytes, self.open_sets)
             return self._session
 
     def close(self) -> None:
@@ -105,7 +120,7 @@ class NodeCache:
             session, self._session = self._session, None
         if session:
             session.close()
-        for opened in list(self._sets):
+        for opened in self.open_sets():
             opened.forget_all()
 
     def forget_parent(self) -> None:
@@ -114,15 +129,16 @@ class NodeCache:
         session, self._session = self._session, None
         if session:
             session.forget()
-        for opened in list(self._sets):
+        for opened in self.open_sets():
             opened.forget_parent()
 
 
 class CachedSet(OpenFiles):
     """The files of one set: its index in `folder`, its shards when they are asked for."""
 
-    def __init__(self, cache: NodeCache, url: str, key: str) -> None:
+    def __init__(self, cache: NodeCache, url: str, key: str, manifest: Manifest) -> None:
         super().__init__()
+        self._manifest = manifest
         self.cache, self.url, self.key = cache, url, key
         self.folder = cache.folder.set_folder(key)
         self.num_shards = 0
@@ -148,14 +164,31 @@ class CachedSet(OpenFiles):
                     time.sleep(random.uniform(0, min(MAX_BACKOFF_SEC, BACKOFF_SEC * 2**attempt)))
                 yield storage.read_range(self._names[shard], offset, size)
 
+    def fetch_index_again(self) -> bool:
+        """Replace what the cache has of the index; true. ValueError where it does not come right."""
+        fetch_index(
+            self.url,
+            self._manifest,
+            self.key,
+            self.cache.session().space,
+            self.cache.timeout_sec,
+            afresh=True,
+        )
+        return True
+
     def mend(self, shard: int, offset: int, data: bytes) -> None:
-        """Write what came right over what was wrong in the cached file, if that is still there."""
-        with contextlib.suppress(FileNotFoundError):
-            fd = os.open(self.cache.folder.shard_file(self.key, shard), os.O_WRONLY | os.O_CLOEXEC)
+        """Write what came right over what was wrong in the cached file, if that is still there and can be written."""
+        file = self.cache.folder.shard_file(self.key, shard)
+        try:
+            fd = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
             try:
                 os.pwrite(fd, data, offset)
             finally:
                 os.close(fd)
+        except FileNotFoundError:
+            pass  # evicted meanwhile
+        except OSError as error:
+            log.warning("%s: cannot be mended: %s", file, error)
 
     def _open(self, shard: int) -> OpenFile:
         """The shard's file, at once or when it has come. StorageError: it cannot be fetched, or not in time."""

@@ -1,7 +1,7 @@
 """One process's part in a node's cache: the thread that says what it will need, lets go, and maybe fetches.
 
 Every process publishes its demand beside a life sign; the one that holds the fetcher's lock also fetches (fetcher.py),
-and when it dies, however that is, the thread of another takes the lock over. The reading is cache.py's.
+and when it dies, however that is, the thread of another takes the lock over. The reading is node.py's.
 """
 
 from __future__ import annotations
@@ -11,24 +11,26 @@ import math
 import os
 import threading
 import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from drwkv.data.cache_folder import NOW, CacheFolder, Demand, LifeSign, Place
-from drwkv.data.cache_space import Space
-from drwkv.data.fetcher import FETCHER_LOCK, Fetcher, ProcessEndsError
+from drwkv.data.cache.fetcher import FETCHER_LOCK, Fetcher, ProcessEndsError
+from drwkv.data.cache.folder import NOW, CacheFolder, Place
+from drwkv.data.cache.life import Demand, LifeSign
+from drwkv.data.cache.locks import unlock
+from drwkv.data.cache.space import Space
 from drwkv.data.order import NEVER
 from drwkv.storage import StorageError
 
 if TYPE_CHECKING:
-    from drwkv.data.cache import CachedSet
+    from drwkv.data.cache.node import CachedSet
 
 TICK_SEC = 0.05  # how soon a demand is seen, a file let go of, a dead fetcher replaced
 PROBLEM_SEC = 2.0  # how long the folder may be out of order before those who wait are told
+REPUBLISH_SEC = 3600.0  # how old its file may get though nothing changes: old files are taken for rubbish
 PUBLISH_SEC = 1.0  # how old a published demand may get while the run goes on
 
 # How far ahead in counters a run needs each shard of each set, from where it stands when it is asked.
@@ -36,10 +38,13 @@ Follower = Callable[[], Mapping["CachedSet", np.ndarray]]
 
 
 class Session:
-    """One process's part in a cache folder, from its first use of it until it closes it or ends."""
+    """One process's part in a cache folder, from its first use of it until it closes it or ends.
 
-    def __init__(self, folder: CacheFolder, budget_bytes: int, sets: weakref.WeakSet[CachedSet]) -> None:
-        self.life = LifeSign(folder.ranks)
+    sets: those that the process has open now.
+    """
+
+    def __init__(self, folder: CacheFolder, budget_bytes: int, sets: Callable[[], list[CachedSet]]) -> None:
+        self.life = LifeSign(folder.ranks, budget_bytes)
         self.space = Space(folder, self.life.id, budget_bytes)
         self._folder, self._sets = folder, sets
         self._followers: list[Follower] = []
@@ -47,12 +52,10 @@ class Session:
         self._lock = threading.Lock()
         self._distances: Demand = {}  # as the followers said last
         self._published: Demand = {}
+        self._published_at = -math.inf
         self._asked = -math.inf  # when the followers were asked last
         self._wake = threading.Event()
-        self._problem, self._well = (
-            "",
-            time.monotonic(),
-        )  # what is wrong with the folder, and when all was well
+        self._problem, self._well = "", time.monotonic()  # what is wrong with the folder; when all was well
         self._fetcher: Fetcher | None = None
         self._fetcher_fd = -1
         self._closing = False
@@ -99,16 +102,17 @@ class Session:
         with self._lock:
             demand: Demand = {}
             for opened in sorted(
-                self._sets, key=lambda opened: opened.num_shards
+                self._sets(), key=lambda opened: opened.num_shards
             ):  # 0 while it is being opened
                 demand[opened.key] = np.full(opened.num_shards, NEVER)
             for key in demand.keys() & self._distances.keys():
                 demand[key] = np.minimum(demand[key], self._distances[key])
             for key, shard in self._waiting:
                 demand[key][shard] = NOW
-            if not _same(demand, self._published):
+            now = time.monotonic()
+            if not _same(demand, self._published) or now - self._published_at > REPUBLISH_SEC:
                 self.life.publish(demand)
-                self._published = demand
+                self._published, self._published_at = demand, now
 
     def close(self) -> None:
         """Stop the thread and take the life sign away."""
@@ -138,7 +142,7 @@ class Session:
             else:
                 self._problem, self._well = "", time.monotonic()
         if self._fetcher_fd >= 0:
-            os.close(self._fetcher_fd)
+            unlock(self._fetcher_fd)
             self._fetcher_fd = -1
 
     def _hurry(self) -> None:
@@ -149,7 +153,7 @@ class Session:
     def _let_go(self) -> None:
         """Close what has been evicted, so that its space is free."""
         leaving = self._folder.shards_leaving()
-        for opened in list(self._sets) if leaving else ():
+        for opened in self._sets() if leaving else ():
             for key, shard in leaving:
                 if key == opened.key:
                     opened.forget(shard)
