@@ -20,13 +20,12 @@ LOCAL_READAHEAD = 4 << 10  # bytes: a page holds a header, and bodies are not re
 REMOTE_READAHEAD = 1 << 20  # bytes: a request takes about as long as this much data
 
 
-class _RangeReader(io.RawIOBase):
-    """Bytes [start, start + size) of a file as a file of their own."""
+class SizedReader(io.RawIOBase):
+    """A file of known size that can be read and sought in; what it holds is its kind's `readinto`."""
 
-    def __init__(self, storage: Storage, name: str, start: int, size: int):
+    def __init__(self, size: int) -> None:
         super().__init__()
-        self._storage, self._name, self._start, self._size = storage, name, start, size
-        self._position = 0
+        self._size, self._position = size, 0
 
     def readable(self) -> bool:
         return True
@@ -41,6 +40,14 @@ class _RangeReader(io.RawIOBase):
 
     def tell(self) -> int:
         return self._position
+
+
+class _RangeReader(SizedReader):
+    """Bytes [start, start + size) of a file as a file of their own."""
+
+    def __init__(self, storage: Storage, name: str, start: int, size: int) -> None:
+        super().__init__(size)
+        self._storage, self._name, self._start = storage, name, start
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         size = min(len(buffer), self._size - self._position)

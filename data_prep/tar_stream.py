@@ -7,10 +7,10 @@ tar_samples.py's.
 from __future__ import annotations
 
 import io
-import os
 from collections import deque
 from collections.abc import Iterator
 
+from data_prep.tar_reader import SizedReader
 from drwkv.s3 import DamagedTransferError, S3Storage
 from drwkv.storage import Storage, StorageError
 
@@ -19,28 +19,14 @@ REMOTE_BUFFER_BYTES = 1 << 16  # the parts are in memory already
 KEPT_PARTS = 2  # of a stream from S3: how far a reader may seek back
 
 
-class _PartsReader(io.RawIOBase):
+class _PartsReader(SizedReader):
     """The first `size` bytes of an object on S3 as a file that is read from front to back, each byte fetched once."""
 
     def __init__(self, storage: S3Storage, name: str, size: int) -> None:
-        super().__init__()
+        super().__init__(size)
         self._parts: Iterator[tuple[int, bytes]] = storage.read_parts(name, size)
         self._kept: deque[tuple[int, bytes]] = deque(maxlen=KEPT_PARTS)
-        self._where, self._size, self._position = storage.where(name), size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
+        self._where = storage.where(name)
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         if self._position >= self._size:

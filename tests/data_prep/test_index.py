@@ -15,7 +15,18 @@ import foreign_sets
 import numpy as np
 import pytest
 from faulty_proxy import Fault, FaultyProxy, Kind
-from foreign_sets import KEYS, LABELS, MIRRORED, MOMENTS, NUM_CLASSES, NUM_SAMPLES, members_of, npy, write_tar
+from foreign_sets import (
+    KEYS,
+    LABELS,
+    MIRRORED,
+    MOMENTS,
+    NUM_CLASSES,
+    NUM_SAMPLES,
+    TOLD,
+    members_of,
+    npy,
+    write_tar,
+)
 from processes import Applications
 from s3_server import S3Server
 from small_vae import save_small_vae
@@ -26,14 +37,6 @@ from data_prep.writer import ShardSetWriter
 from drwkv.data.manifest import Manifest, read_manifest
 from drwkv.data.shards import ShardSet
 
-TOLD = Told(
-    scale=0.5,
-    shift=0.1,
-    resolution=32,
-    member="vae.mean_std.npy",
-    flip_member="flipped.npy",
-    label_member="class",
-)
 ARGUMENTS = ["--scale", "0.5", "--shift", "0.1", "--resolution", "32", "--label-member", "class"]
 ARGUMENTS += ["--member", "vae.mean_std.npy", "--flip-member", "flipped.npy"]
 Use = Callable[[S3Server], None]

@@ -11,6 +11,7 @@ import foreign_sets
 import numpy as np
 import pytest
 from faulty_proxy import Fault, Kind
+from foreign_sets import TOLD
 from PIL import Image
 
 from data_prep import verify
@@ -24,14 +25,6 @@ from drwkv.data.manifest import Manifest
 from drwkv.data.shards import ShardSet
 from drwkv.storage import StorageError
 
-FOREIGN = Told(
-    scale=0.5,
-    shift=0.1,
-    resolution=32,
-    member="vae.mean_std.npy",
-    flip_member="flipped.npy",
-    label_member="class",
-)
 MOMENTS = np.random.default_rng(0).standard_normal((20, 2, 2, 2)).astype(np.float16)
 
 
@@ -205,7 +198,7 @@ def test_values_that_no_latent_has_name_shard_and_sample(tmp_path, channel, valu
 
 def test_the_table_holds_each_channels_mean_and_std_in_both_units(tmp_path):
     folder = foreign_sets.write_foreign_tars(tmp_path / "set")
-    index_set(str(folder), FOREIGN)
+    index_set(str(folder), TOLD)
     mean, log_variance = np.split(foreign_sets.MOMENTS.astype(np.float64), 2, axis=1)
     std = np.exp(log_variance / 2)
     lines = verify.verify(str(folder)).splitlines()[-2:]
@@ -218,7 +211,7 @@ def test_the_table_holds_each_channels_mean_and_std_in_both_units(tmp_path):
 
 def test_foreign_tars_that_are_newer_than_their_index_are_sent_to_the_indexer(tmp_path):
     folder = foreign_sets.write_foreign_tars(tmp_path / "set")
-    index_set(str(folder), FOREIGN)
+    index_set(str(folder), TOLD)
     assert "sound: 40 samples in 3 shards" in verify.verify(str(folder))
     remedy = f"run `python -m data_prep.index {folder} --again`"
     overwrite(folder, 2, "flip_offset", b"\x01", at=200)
@@ -235,7 +228,7 @@ def test_foreign_tars_that_are_newer_than_their_index_are_sent_to_the_indexer(tm
 
 def test_without_checksums_values_are_looked_at_and_that_is_said(tmp_path):
     folder = foreign_sets.write_foreign_tars(tmp_path / "set")
-    index_set(str(folder), FOREIGN, headers_only=True)
+    index_set(str(folder), TOLD, headers_only=True)
     assert "the index has no checksums" in verify.verify(str(folder))
     overwrite(folder, 2, "offset", np.float32(np.nan).tobytes(), at=128)
     with pytest.raises(BrokenSetError, match="b-0.tar: sample 2: vae.mean_std.npy is not finite"):

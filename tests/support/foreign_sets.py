@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.foreign_tars import Told
+
 NUM_SAMPLES, NUM_CLASSES = 40, 5
 _RNG = np.random.default_rng(3)
 MOMENTS = _RNG.standard_normal((NUM_SAMPLES, 4, 4, 6)).astype(np.float32)
@@ -20,6 +22,16 @@ KEYS = [
     f"train.v1/{'long' * 30 if i % 7 == 0 else 'été' if i % 7 == 1 else 'x'}/{i:05d}"
     for i in range(NUM_SAMPLES)
 ]
+
+# What data_prep.index must be told of them.
+TOLD = Told(
+    scale=0.5,
+    shift=0.1,
+    resolution=32,
+    member="vae.mean_std.npy",
+    flip_member="flipped.npy",
+    label_member="class",
+)
 
 
 def npy(array: np.ndarray) -> bytes:
