@@ -82,10 +82,8 @@ class ArrayHeader:
         """Of an npy file of which `data` is the beginning; ValueError when no set can hold such an array."""
         file = io.BytesIO(data)
         try:
-            version = np.lib.format.read_magic(file)
-            reads = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, fortran_order, dtype = reads[version](file)
-        except (ValueError, KeyError) as error:
+            shape, fortran_order, dtype = layout.read_npy_header(file)
+        except ValueError as error:
             raise ValueError(f"{where} is no npy array that can be read ({error})") from None
         if fortran_order or len(shape) != 3 or dtype.str not in ("|u1", "<f2", "<f4"):
             order = " in Fortran order" if fortran_order else ""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import logging
 import os
@@ -318,7 +317,7 @@ class ShardSetWriter:
     def _read_part(self, shard: int) -> tuple[np.ndarray, dict]:
         """A finished shard's index rows and what stands beside them; made anew from its tar if they are lost."""
         try:
-            rows = np.load(io.BytesIO(self.storage.read(f"{self._part(shard)}.npy")), allow_pickle=False)
+            rows = layout.npy_array(self.storage.read(f"{self._part(shard)}.npy"))
             part = json.loads(self.storage.read(f"{self._part(shard)}.json"))
             if self._fits(shard, rows):
                 return rows, part

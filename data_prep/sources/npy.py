@@ -24,6 +24,7 @@ from data_prep.sources.layouts import Listing
 from data_prep.sources.lazy import Lazy, packed
 from data_prep.sources.moments import Numbers, definite
 from data_prep.unvouched import open_unvouched
+from drwkv.data.manifest import npy_array, read_npy_header
 
 NUM_READERS = 16  # small files read at once
 
@@ -71,9 +72,7 @@ class _Header:
 def _read_header(root: str, file: str) -> _Header:
     """The header of a .npy file, without the numbers. ValueError."""
     start = io.BytesIO(open_unvouched(root).read_range(file, 0, 1 << 10))
-    version = np.lib.format.read_magic(start)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran_order, dtype = read(start)
+    shape, fortran_order, dtype = read_npy_header(start)
     if fortran_order or dtype.hasobject:
         raise ValueError(
             f"{dtype} in {'Fortran' if fortran_order else 'C'} order, expected numbers in C order"
@@ -139,7 +138,7 @@ def _npy_labels(listing: Listing, name: str) -> Sequence[int | None]:
     """The labels that lie beside a file of features."""
     file = name.replace("_features/", "_labels/")
     try:
-        found = np.load(io.BytesIO(listing.storage.read(file)), allow_pickle=False)
+        found = npy_array(listing.storage.read(file))
     except FileNotFoundError:
         raise ValueError(f"{listing.storage.where(name)}: has no labels, {file} is missing") from None
     except (ValueError, EOFError) as error:

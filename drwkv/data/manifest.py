@@ -21,9 +21,10 @@ import hashlib
 import io
 import json
 import math
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -43,6 +44,10 @@ INDEX_ROW = np.dtype(
 FLIP_INDEX_ROW = np.dtype(
     INDEX_ROW.descr + [("flip_offset", "<u8"), ("flip_size", "<u4"), ("flip_crc32c", "<u4")]
 )
+
+
+# A header is parsed by Python's `ast`, which in two threads at once fails now and then (CPython 3.11, SystemError).
+_parsing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -261,20 +266,34 @@ def npy_bytes(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
+def read_npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether in Fortran order, dtype) of the npy file that `stream` begins with, safe from any thread.
+
+    The stream stands behind the header then. ValueError for what is no npy file of version 1.0 or 2.0.
+    """
+    version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"npy version {version}, expected (1, 0) or (2, 0)")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    with _parsing:
+        return read(stream)
+
+
 def npy_header_size(data: bytes, *, shape: tuple[int, ...], dtype: np.dtype) -> int:
     """Length of the npy header that opens `data`; ValueError unless it says `shape`, `dtype`, C order."""
     stream = io.BytesIO(data)
-    version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        found_shape, fortran_order, found_dtype = np.lib.format.read_array_header_1_0(stream)
-    elif version == (2, 0):
-        found_shape, fortran_order, found_dtype = np.lib.format.read_array_header_2_0(stream)
-    else:
-        raise ValueError(f"npy version {version}, expected (1, 0) or (2, 0)")
+    found_shape, fortran_order, found_dtype = read_npy_header(stream)
     if fortran_order or found_shape != shape or found_dtype != dtype:
         order = " in Fortran order" if fortran_order else ""
         raise ValueError(f"npy array of {found_dtype} {found_shape}{order}, expected {dtype} {shape}")
     return stream.tell()
+
+
+def npy_array(data: bytes) -> np.ndarray:
+    """The array in the bytes of an npy file, safe from any thread. ValueError, EOFError."""
+    with _parsing:
+        array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+    return array
 
 
 def sha256(data: bytes) -> str:

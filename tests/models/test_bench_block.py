@@ -28,6 +28,7 @@ def test_eager_kernels_and_bytes_are_those_of_each_call() -> None:
     assert counts.backward.kernels["matmul"] == 2
 
 
+@pytest.mark.proof
 def test_compiling_fuses_what_is_pointwise_and_leaves_matmuls_alone() -> None:
     def function(x: Tensor, weight: Tensor) -> Tensor:
         return torch.sigmoid(F.silu(x) @ weight) * 2 + 1

@@ -66,7 +66,9 @@ def assert_same_bits(one: Path, other: Path) -> None:
         assert not different, f"{prefix}: {different}"
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.proof), 4])
+@pytest.mark.parametrize(
+    "world_size", [2, pytest.param(3, marks=pytest.mark.proof), pytest.param(4, marks=pytest.mark.proof)]
+)
 def test_any_number_of_processes_trains_the_same_run(run: Run, world_size: int) -> None:
     one, many = run(), run(world_size=world_size)
     assert_same_losses(one, many)
@@ -96,15 +98,18 @@ def test_ddp_trains_the_same_run_as_fsdp(run: Run) -> None:
     assert audit(sharded) == audit(replicated)
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "ddp"])
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("ddp", marks=pytest.mark.proof)])
 def test_two_micro_batches_train_the_same_run_as_one_batch_twice_their_size(run: Run, engine: str) -> None:
     whole, cut = run(world_size=2), run("run.accumulate=2", f"parallel.engine={engine}", world_size=2)
     assert_same_losses(whole, cut)
     assert audit(whole) == audit(cut)
 
 
+DDP = ("parallel.engine=ddp", "parallel.fixed_buckets=true")
+
+
 @pytest.mark.parametrize(
-    "overrides", [(), ("parallel.engine=ddp", "parallel.fixed_buckets=true")], ids=["fsdp", "ddp"]
+    "overrides", [pytest.param((), id="fsdp"), pytest.param(DDP, id="ddp", marks=pytest.mark.proof)]
 )
 def test_resume_continues_bit_for_bit(run: Run, tmp_path: Path, overrides: tuple[str, ...]) -> None:
     unbroken = run(*overrides, world_size=3)

@@ -145,7 +145,9 @@ def wait_for_steps(group: Group, folder: Path, steps: int) -> None:
     raise AssertionError(group.wait().output)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.proof), signal.SIGUSR2]
+)
 def test_a_signal_to_one_rank_ends_the_step_saves_and_asks_to_be_queued_again(
     applications: Applications, digits: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
