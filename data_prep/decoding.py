@@ -138,6 +138,9 @@ class DecodingPool:
             multiprocessing_context=context,
             worker_init_fn=functools.partial(_end_without, os.getpid()),
         )
+        if workers:
+            for _ in self._loader:  # nothing yet, but the workers start now, and nobody waits for them
+                raise AssertionError("there are no requests yet")
 
     def decode(self, requests: Iterable[Request]) -> Iterator[Decoded]:
         """The answers, in the order of the requests. Raises what kept a source from being read."""

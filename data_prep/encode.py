@@ -106,7 +106,9 @@ def encode(config: EncodeConfig) -> str:
     device = _device(config)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    decoder, encoder = _tools(config, source, device)
+    decoder = _decoder(config, source)
+    pool = DecodingPool(decoder, workers=config.workers, pin=device.type == "cuda")
+    encoder = _encoder(config, decoder, device)  # a VAE takes its time, in which the pool's processes start
     writer = ShardSetWriter(
         config.out,
         names=names,
@@ -117,7 +119,6 @@ def encode(config: EncodeConfig) -> str:
     if writer.committed() and not writer.missing():
         writer.commit()  # cleans up, should the last worker have been killed after the manifest
         return f"{config.out}: finished already"
-    pool = DecodingPool(decoder, workers=config.workers, pin=device.type == "cuda")
     with Leases(writer.storage, CLAIMS, lease_sec=config.lease_sec) as leases, Progress(writer) as progress:
         worker = Worker(config, source, chosen, pool, encoder, writer, leases, progress)
         pauses = wait_sec(config.lease_sec)
@@ -261,26 +262,28 @@ class Progress:
         return len(self._writer.names) - left
 
 
-def _tools(
-    config: EncodeConfig, source: Source, device: torch.device
-) -> tuple[Decoder | LatentReader, Encoder]:
-    """What decodes and what encodes this source into this kind of set."""
-    if source.kind == "moments":
-        if config.kind != "moments":
-            raise ValueError(
-                f"{config.source}: holds latents, of which no pixels can be made: give kind=moments"
-            )
-        shape, flip = _first_shape(source), source.has_flip and config.flip
-        keeper = MomentsKeeper(shape=shape, flip=flip, scale=config.scale, shift=config.shift, vae=config.vae)
-        return LatentReader(batch=config.batch, shape=shape, flip=flip), keeper
-    decoder = Decoder(batch=config.batch, resolution=config.resolution, max_pixels=config.max_pixels)
+def _decoder(config: EncodeConfig, source: Source) -> Decoder | LatentReader:
+    """What reads this source for this kind of set."""
+    if source.kind != "moments":
+        return Decoder(batch=config.batch, resolution=config.resolution, max_pixels=config.max_pixels)
+    if config.kind != "moments":
+        raise ValueError(f"{config.source}: holds latents, of which no pixels can be made: give kind=moments")
+    return LatentReader(batch=config.batch, shape=_first_shape(source), flip=source.has_flip and config.flip)
+
+
+def _encoder(config: EncodeConfig, decoder: Decoder | LatentReader, device: torch.device) -> Encoder:
+    """What turns that into what is stored."""
+    if isinstance(decoder, LatentReader):
+        return MomentsKeeper(
+            shape=decoder.shape, flip=decoder.flip, scale=config.scale, shift=config.shift, vae=config.vae
+        )
     if config.kind == "pixels":
-        return decoder, PixelEncoder(resolution=config.resolution)
+        return PixelEncoder(resolution=config.resolution)
     if config.vae is None:
         raise ValueError(
             "config key 'vae' is null: moments need one, give vae=FOLDER or a hub name, or kind=pixels"
         )
-    return decoder, VaeEncoder(
+    return VaeEncoder(
         config.vae,
         resolution=config.resolution,
         flip=config.flip,
