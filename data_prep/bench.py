@@ -228,6 +228,7 @@ def measure(folder: Path) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """The command line: 1 when a promise is broken."""
     parser = argparse.ArgumentParser(
         prog="python -m data_prep.bench", description="Measure the reading of shards."
     )

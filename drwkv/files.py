@@ -13,3 +13,12 @@ def write_whole(path: Path, content: bytes) -> Path:
     temporary.write_bytes(content)
     os.replace(temporary, path)
     return path
+
+
+def sync(path: Path) -> None:
+    """Have what stands in a file, or the names in a folder, on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

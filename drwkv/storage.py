@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
 
+from drwkv.files import sync
+
 S3_SCHEME = "s3://"
 TEMPORARY = ".tmp"  # folder for files that are not whole yet
 _FOLDER_ATTEMPTS = 5  # to write a file into a folder that others tidy up meanwhile
@@ -175,7 +177,7 @@ class FolderStorage:
                 with open(file, "rb") as stream:
                     os.fsync(stream.fileno())
                 os.replace(file, target)
-                _sync_folder(target.parent)
+                sync(target.parent)
                 return
             with open(file, "rb") as stream, self._whole(name) as whole:
                 shutil.copyfileobj(stream, whole, 1 << 24)
@@ -224,7 +226,7 @@ class FolderStorage:
                     os.replace(temporary, target)
             finally:
                 temporary.unlink(missing_ok=True)
-            _sync_folder(target.parent)
+            sync(target.parent)
 
 
 def _leads_back(folder: str, name: str) -> bool:
@@ -244,11 +246,3 @@ def no_space_is_named(where: str) -> Iterator[None]:
                 f"{where}: cannot be written: {error.strerror}; free some space and run the same command again"
             ) from None
         raise
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from drwkv.files import sync
 from drwkv.parallel.distributed import World
 from drwkv.training.monitor import every
 
@@ -192,15 +193,15 @@ class Checkpoints:
             done.result()
             (temporary / SCALARS).write_text(text)
             _check_files(temporary, expected)
-            _sync(temporary / SCALARS)
+            sync(temporary / SCALARS)
             os.rename(temporary, final)
             sizes = {p.name: p.stat().st_size for p in sorted(final.iterdir())}
             mark = final / f"{MARK}.tmp"
             mark.write_text(json.dumps({"files": sizes, "saved_at": time.time()}, indent=1))
-            _sync(mark)
+            sync(mark)
             os.rename(mark, final / MARK)
-            _sync(final)
-            _sync(self.folder)
+            sync(final)
+            sync(self.folder)
             log.info("checkpoint step %d: marked whole", step_of(final))
             self._prune()
         except BaseException as error:  # handed to the loop, which tells all ranks and raises it
@@ -252,14 +253,6 @@ def _check_files(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
         raise OSError(
             f"checkpoint {folder}: {len(short)} tensors were not written whole, the first is {short[0]}"
         )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _shape(size: torch.Size | None) -> str:
