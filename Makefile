@@ -22,7 +22,7 @@ demo: venv ## train on real digits, sample 1,000 images, measure them; again: go
 		$(FOLDER)/samples/grid.png $(FOLDER)/samples/report.html $(FOLDER)/samples/report.json
 
 test: venv ## every test that needs minutes, not hours; what a test lacks on this machine is named at the end
-	$(PY) -m pytest -q --durations=10
+	$(PY) -m pytest -q -n 2 --dist worksteal --durations=10
 
 check: venv ## lint, format and types, changing nothing
 	$(PY) -m ruff check .

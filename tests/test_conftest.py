@@ -34,14 +34,14 @@ def test_with_a_shell():
 """
 
 
-def _run(root: Path, folder: Path, suite: str, *, ci: bool) -> subprocess.CompletedProcess[str]:
+def _run(root: Path, folder: Path, suite: str, *more: str, ci: bool) -> subprocess.CompletedProcess[str]:
     shutil.copy(root / "tests" / "conftest.py", folder)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    needs\n")
     (folder / "test_suite.py").write_text(suite)
     (folder / "test_other.py").write_text("def test_that_passes():\n    pass\n")
     environment = {name: value for name, value in os.environ.items() if name != "DRWKV_CI"}
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *more],
         cwd=folder,
         env=environment | ({"DRWKV_CI": "1"} if ci else {}),
         capture_output=True,
@@ -57,9 +57,12 @@ def test_a_test_without_its_tool_is_skipped_and_named_with_the_package_to_instal
     assert line in run.stdout
 
 
+@pytest.mark.parametrize("more", [(), ("-n", "2")], ids=["one process", "two"])
 @pytest.mark.parametrize("suite", [NO_TOOL, WHOLE_FILE], ids=["a tool", "a whole file"])
-def test_ci_fails_when_anything_but_a_gpu_was_wanting(suite: str, root: Path, tmp_path: Path):
-    run = _run(root, tmp_path, suite, ci=True)
+def test_ci_fails_when_anything_but_a_gpu_was_wanting(
+    suite: str, more: tuple[str, ...], root: Path, tmp_path: Path
+):
+    run = _run(root, tmp_path, suite, *more, ci=True)
     assert run.returncode == 1, run.stdout
     assert "1 skips for want of something other than a GPU fail this run" in run.stdout
 

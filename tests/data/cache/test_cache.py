@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import logging
@@ -15,14 +14,22 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 import pytest
-from cached_sets import INDEX_BYTES, TAR_BYTES, eventually, flip_bit, room_gib
+from cached_sets import (
+    INDEX_BYTES,
+    RANK,
+    TAR_BYTES,
+    eventually,
+    flip_bit,
+    watch,
+    what_should_be_read,
+    what_was_read,
+    write_job,
+)
 from faulty_proxy import Fault, Kind
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import Finished, Group
 from small_disk import on_small_disk
 
 from drwkv.data.cache import NodeCache, node, session
@@ -34,78 +41,6 @@ from drwkv.data.loader import DataConfig, open_data
 from drwkv.data.order import NEVER
 from drwkv.data.shards import CorruptSampleError, ShardSet
 from drwkv.storage import StorageError, open_storage
-
-RANK = "tests/support/reading_rank.py"
-
-
-def write_job(
-    tmp_path: Path, url: str, *, shards: int, num_batches: int, batch_size: int = 16, **data: object
-) -> Path:
-    """A job for reading_rank.py; what rank r reads goes to `read-r` beside it."""
-    job = {
-        "data": {
-            "paths": [url], "streams": 4, "window": 16, "workers": 2,
-            "cache": str(tmp_path / "cache"), "cache_gib": room_gib(shards), **data,
-        },
-        "batch_size": batch_size,
-        "start": 0,
-        "num_batches": num_batches,
-        "out": str(tmp_path / "read-{rank}"),
-    }  # fmt: skip
-    file = tmp_path / "job.json"
-    file.write_text(json.dumps(job))
-    return file
-
-
-def what_was_read(tmp_path: Path, ranks: range) -> list[tuple[int, int, int, int]]:
-    """(n, sample id, label, crc32c of x) of all these ranks; each rank's in the order in which it came."""
-    return [
-        (int(n), int(sample_id), int(label), int(crc))
-        for rank in ranks
-        for n, sample_id, label, crc in map(str.split, (tmp_path / f"read-{rank}").read_text().splitlines())
-    ]
-
-
-def what_should_be_read(
-    folder: str, num_batches: int, world_size: int, batch_size: int = 16
-) -> list[tuple[int, ...]]:
-    """The same from the local set, by the same law; rank by rank."""
-
-    class Place:
-        size = world_size
-
-        def __init__(self, rank: int) -> None:
-            self.rank = rank
-
-    data = open_data(DataConfig(paths=[folder], streams=4, window=16, workers=0), seed=0)
-    rows: list[tuple[int, ...]] = []
-    for rank in range(world_size):
-        for micro_batches in itertools.islice(data.batches(batch_size, 0, world=Place(rank)), num_batches):
-            for batch in micro_batches:
-                crcs = [google_crc32c.value(x.numpy().tobytes()) for x in batch.x]
-                rows += zip(batch.n.tolist(), batch.sample_id.tolist(), batch.y.tolist(), crcs, strict=True)
-    return rows
-
-
-def bytes_in(folder: Path) -> int:
-    """What `du` would say, but of files' sizes, while nobody takes more; a file that moves meanwhile counts once."""
-    found = {}
-    with CacheFolder(folder).locked("space.lock"):
-        for place, _, names in os.walk(folder):
-            for name in names:
-                with contextlib.suppress(FileNotFoundError):
-                    status = os.stat(os.path.join(place, name))
-                    found[status.st_ino] = status.st_size
-    return sum(found.values())
-
-
-def watch(group: Group, folder: Path) -> tuple[Finished, int]:
-    """Wait for the processes; and the most bytes that were in the folder meanwhile."""
-    most = 0
-    while group.running():
-        most = max(most, bytes_in(folder))
-        time.sleep(0.02)
-    return group.wait(), most
 
 
 def cached_shards(cache: NodeCache) -> set[int]:
@@ -275,38 +210,6 @@ def test_two_processes_read_three_epochs_right_in_order_and_once_from_a_cache_sm
     assert all(proxy.counts[kind] >= 3 for kind in Kind if kind != Kind.FLIPPED_UP), proxy.counts
     assert most_bytes <= 12 * TAR_BYTES + INDEX_BYTES
     assert sum(line.startswith("GET") and ".tar" in line for line in proxy.requests) > 80  # of 32 shards
-
-
-@pytest.mark.proof
-@pytest.mark.timeout(1800)
-def test_three_epochs_come_right_where_one_request_in_twenty_fails_in_each_way_twenty_times(
-    write_pixels, on_s3, faulty_s3, use_s3, applications, tmp_path
-):
-    num_samples = 7000  # in 700 shards
-    num_batches = 3 * num_samples // 16
-    path = write_pixels(num_samples=num_samples)
-    url = on_s3(path)
-    server, proxy = faulty_s3
-    use_s3(server)
-    # Only answers with a body can be cut or flipped; these are a third of all.
-    bodies = (Kind.TRUNCATED, Kind.FLIPPED_DOWN)
-    others = tuple(kind for kind in Kind if kind not in (*bodies, Kind.FLIPPED_UP))
-    proxy.faults = (Fault(0.06, bodies, match="^GET"), Fault(0.03, others))
-    job = write_job(tmp_path, url, shards=100, num_batches=num_batches, streams=16)
-    group = applications.start(RANK, str(job), world_size=2)
-    finished, most_bytes = watch(group, tmp_path / "cache")
-    assert finished.codes == [0, 0], finished.output
-    data = open_data(DataConfig(paths=[path], streams=16, window=16, workers=0), seed=0)
-    found = what_was_read(tmp_path, range(2))
-    assert [row[0] for row in sorted(found)] == list(range(16 * num_batches))
-    n = np.array(sorted(found))
-    assert (data.order.locate(n[:, 0])[1] == n[:, 1]).all()
-    x, y = data.sets[0].read(n[:, 1])
-    assert [google_crc32c.value(image.tobytes()) for image in x] == n[:, 3].tolist() and (y == n[:, 2]).all()
-    assert all(proxy.counts[kind] >= 20 for kind in (*bodies, *others)), proxy.counts
-    share = sum(proxy.counts.values()) / len(proxy.requests)
-    assert 0.03 < share < 0.07
-    assert most_bytes <= 100 * TAR_BYTES + INDEX_BYTES + 7000 * 24 + 700 * 160
 
 
 # Death.

@@ -52,6 +52,33 @@ def test_a_damaged_index_in_the_cache_is_fetched_again(write_pixels, on_s3, open
     assert (index / "samples.npy").read_bytes() == (Path(path) / "index/samples.npy").read_bytes()
 
 
+@pytest.mark.proof
+@pytest.mark.timeout(900)
+def test_manifest_and_index_come_right_though_every_other_request_for_them_fails(
+    write_pixels, on_s3, faulty_s3, use_s3, open_cache
+):
+    """Opened by new clients into new caches, until each kind of fault has struck 20 times and each file."""
+    path = write_pixels()
+    url, local = on_s3(path), ShardSet.open(path)
+    server, proxy = faulty_s3
+    kinds = [
+        kind for kind in Kind if kind is not Kind.FLIPPED_UP
+    ]  # a request without a body cannot suffer that
+    names = ("manifest.json", "index/shards.json", "index/samples.npy")
+    proxy.faults = (Fault(0.5, tuple(kinds), match="^GET"),)
+    for attempt in range(500):
+        use_s3(server)  # an old client is slow to believe that the server's SlowDown is over
+        cache = open_cache(folder=f"cache-{attempt}")
+        shards = ShardSet.open(url, cache=cache)
+        np.testing.assert_array_equal(shards.labels, local.labels)
+        assert shards.index_hash == local.index_hash
+        cache.close()
+        struck = {(kind, name) for kind, line in proxy.struck for name in names if line.endswith(name)}
+        if all(proxy.counts[kind] >= 20 for kind in kinds) and len(struck) == len(kinds) * len(names):
+            return
+    raise AssertionError(proxy.counts)
+
+
 def test_a_disk_that_others_fill_during_a_fetch_is_waited_out_and_only_if_it_stays_full_told(
     write_pixels, on_s3, open_cache, monkeypatch, caplog
 ):
