@@ -43,6 +43,7 @@ from data_prep.sources import BadSampleError, Source, StoredLatents, open_source
 from data_prep.writer import CLAIMS, ShardSetWriter, Skipped
 from drwkv import command
 from drwkv.compose import load
+from drwkv.cpu import keep_freed_memory
 from drwkv.data.manifest import Manifest
 from drwkv.storage import StorageError
 
@@ -106,6 +107,8 @@ def encode(config: EncodeConfig) -> str:
     device = _device(config)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     decoder = _decoder(config, source)
     pool = DecodingPool(decoder, workers=config.workers, pin=device.type == "cuda")
     encoder = _encoder(config, decoder, device)  # a VAE takes its time, in which the pool's processes start

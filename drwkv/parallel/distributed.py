@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from drwkv.cpu import keep_freed_memory
+
 
 @dataclass(frozen=True)
 class World:
@@ -76,6 +78,7 @@ def session(*, timeout_sec: float = 600.0, cpu_threads: int | None = None) -> It
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
+        keep_freed_memory()
     timeout = datetime.timedelta(seconds=timeout_sec)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
