@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> None:
     )
     check_variance(model, process)
     with session(timeout_sec=parallel.timeout_sec, cpu_threads=parallel.cpu_threads) as world:
-        check_ranks(config.run, world.size)
+        check_ranks(config, world.size)
         with logging_to(folder, world), Signals() as signals, contextlib.ExitStack() as at_end:
             _train(config, model, process, data, folder, world, signals, at_end)
 

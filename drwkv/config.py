@@ -95,8 +95,7 @@ def check_train(config: TrainConfig) -> None:
     run = config.run
     require(0 <= run.seed < 2**32, "run.seed", run.seed, "give 0 <= seed < 2**32")
     require(0.0 <= run.label_drop < 1.0, "run.label_drop", run.label_drop, "give a probability in [0, 1)")
-    units = config.parallel.blocks_per_unit
-    require(units >= 1, "parallel.blocks_per_unit", units, "give 1 or more")
+    _check_parallel(config.parallel)
     for key in ("total_steps", "batch_size", "accumulate"):
         require(getattr(run, key) >= 1, f"run.{key}", getattr(run, key), "give 1 or more")
     require(0.0 <= config.ema.decay < 1.0, "ema.decay", config.ema.decay, "give a decay in [0, 1)")
@@ -121,6 +120,28 @@ def check_train(config: TrainConfig) -> None:
     require(starts == sorted(set(starts)), "optimizer.stages", starts, "list them by rising from_step")
 
 
+def _check_parallel(parallel: ParallelConfig) -> None:
+    for key, value in (
+        ("blocks_per_unit", parallel.blocks_per_unit),
+        ("replicas", parallel.replicas),
+        ("activations.every", parallel.activations.every),
+    ):
+        require(value >= 1, f"parallel.{key}", value, "give 1 or more")
+    engine, is_zero = parallel.engine, parallel.engine.startswith("zero")
+    can_replicate, can_compile = parallel.replicas == 1 or engine == "fsdp", engine != "zero3"
+    require(
+        can_replicate, "parallel.replicas", parallel.replicas, f"engine {engine} has none: give engine=fsdp"
+    )
+    holders = {"none": True, "optimizer": is_zero, "all": engine == "fsdp"}
+    advice = f"engine {engine} cannot: zero1 to zero3 take optimizer, fsdp takes all"
+    require(holders[parallel.offload], "parallel.offload", parallel.offload, advice)
+    fits = parallel.precision != "bf16_params" or engine != "ddp"
+    advice = "engine ddp has no float32 copy of the weights beside: give precision=bf16, or engine=fsdp"
+    require(fits, "parallel.precision", parallel.precision, advice)
+    advice = "the hooks of engine zero3 are in the blocks and would break every graph: give fsdp, or zero2"
+    require(can_compile or not parallel.compile, "parallel.compile", parallel.compile, advice)
+
+
 def _check_grids(config: TrainConfig) -> None:
     monitor, channels = config.monitor, config.model.in_channels
     if monitor.grid_every_steps:
@@ -130,8 +151,11 @@ def _check_grids(config: TrainConfig) -> None:
         check_sampler(monitor.grid_sampler, config.diffusion.num_timesteps, config.model.num_classes)
 
 
-def check_ranks(run: RunConfig, world_size: int) -> None:
-    """ValueError if some rank would have a micro-batch without a sample."""
+def check_ranks(config: TrainConfig, world_size: int) -> None:
+    """ValueError if some rank would have a micro-batch without a sample, or replicas would differ in size."""
+    run, replicas = config.run, config.parallel.replicas
+    advice = f"{world_size} processes cannot be cut into so many alike: give a divisor"
+    require(world_size % replicas == 0, "parallel.replicas", replicas, advice)
     least = world_size * run.accumulate
     advice = f"{world_size} processes x run.accumulate={run.accumulate} need {least} samples or more a batch"
     require(run.batch_size >= least, "run.batch_size", run.batch_size, advice)

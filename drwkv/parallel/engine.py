@@ -9,27 +9,39 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import nn
 
+from drwkv.parallel.activations import ActivationConfig
 from drwkv.parallel.distributed import World
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by parameter
 
 
 @dataclass
 class ParallelConfig:
     """How one model runs on many ranks."""
 
-    engine: Literal["ddp", "fsdp"] = "fsdp"  # ddp: whole model on each rank; fsdp: sharded by FSDP2
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; parameters, optimizer and EMA stay float32
+    engine: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = (
+        "fsdp"  # ddp: whole model on each rank; fsdp: sharded by FSDP2; zero1 to 3: by DeepSpeed
+    )
+    precision: Literal["fp32", "bf16", "bf16_params"] = (
+        "fp32"  # bf16: autocast; bf16_params: weights that compute are bfloat16 too; optimizer and EMA are float32
+    )
+    replicas: int = 1  # fsdp: copies of the sharded model (HSDP); each is sharded over size / replicas ranks
+    offload: Literal["none", "optimizer", "all"] = (
+        "none"  # what waits in the CPU's memory; optimizer: zero1 to 3; all, weights too: fsdp
+    )
     reshard_after_forward: bool = True  # fsdp: free the gathered weights between forward and backward
     blocks_per_unit: int = (
         1  # fsdp: blocks whose weights are gathered together; more for models of small blocks
     )
+    activations: ActivationConfig = field(default_factory=ActivationConfig)
+    compile: bool = False  # torch.compile each block, once for all blocks of one kind
     fixed_buckets: bool = (
         False  # ddp: one bucket layout from the first step on, so that a resume is bit for bit
     )
@@ -61,6 +73,24 @@ class Engine(ABC):
         """`part`, shaped and placed like `parts[name]`, as the tensor of which it is a part (a DTensor if sharded)."""
         return part
 
+    def take(self, name: str, part: torch.Tensor, whole: torch.Tensor) -> None:  # noqa: B027  # most share memory
+        """Put what was loaded into `whole`, a result of `whole(name, part)`, into `part`. Collective."""
+
+    def moments(self, name: str) -> dict[str, torch.Tensor]:
+        """This rank's part of each of MOMENTS of a parameter, shaped like `parts[name]`."""
+        state = self.optimizer.state[self.parts[name]]
+        return {kind: state[kind] for kind in MOMENTS}
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps that were applied; waits for the device."""
+        return int(next(iter(self.optimizer.state.values()))["step"].item())
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        for state in self.optimizer.state.values():
+            state["step"].fill_(float(count))
+
     @abstractmethod
     def _synchronised(self, last: bool) -> AbstractContextManager[None]:
         """Let the backward inside reduce gradients over ranks when `last`, else keep them on this rank."""
@@ -68,7 +98,7 @@ class Engine(ABC):
     @contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:
         """Forward and backward of one micro-batch belong inside; gradients are reduced in the last one of a step."""
-        bf16 = self.config.precision == "bf16"
+        bf16 = self.config.precision != "fp32"
         autocast = torch.autocast(self.world.device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
         with self._synchronised(last), autocast:
             yield
@@ -84,7 +114,7 @@ class Engine(ABC):
         norm = self._global_norm(torch.nn.utils.get_total_norm(grads, foreach=True))
         if max_norm is not None:
             torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+        return norm.to(self.world.device)
 
     def _with_gradients(self) -> list[nn.Parameter]:
         """The parts, each with its `.grad`."""
@@ -96,12 +126,26 @@ class Engine(ABC):
 
     def step(self, lr: float, found_inf: torch.Tensor) -> None:
         """One optimizer step at rate `lr`, left out on the device where `found_inf` (0-dim float) is 1."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # read by torch's fused step
+        self._prepare_step(lr, found_inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.module.zero_grad(set_to_none=True)
 
+    def _prepare_step(self, lr: float, found_inf: torch.Tensor) -> None:
+        """Hand the rate and the flag to torch's fused step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        device = next(iter(self.parts.values())).device
+        self.optimizer.found_inf = found_inf.to(device)  # type: ignore[attr-defined]
+
     def refresh(self) -> None:  # noqa: B027  # most engines hold one copy of the weights and have nothing to do
         """Called after `parts` were written in place: drop gathered copies of the old values."""
+
+
+def start_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> None:
+    """Make the moments of AdamW at once, zero, so that a checkpoint can be loaded into them."""
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            **{kind: torch.zeros_like(parameter) for kind in MOMENTS},
+        }

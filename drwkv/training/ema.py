@@ -39,7 +39,8 @@ class Ema:
     @torch.no_grad()
     def update(self, decay: float, found_inf: torch.Tensor) -> None:
         """One step at `decay`, left out on the device where `found_inf` (0-dim float) is 1."""
-        weight = (1.0 - decay) * (1.0 - found_inf)
+        device = next(iter(self.parts.values())).device
+        weight = (1.0 - decay) * (1.0 - found_inf.to(device))
         for average, value in self._pairs():
             average.lerp_(value, weight)
 

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from drwkv.parallel.engine import start_moments
+
 
 @dataclass
 class Stage:
@@ -55,10 +57,5 @@ def build(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.
         fused=True,
     )
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        start_moments(optimizer, group["params"])
     return optimizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,12 +40,17 @@ class TrainState:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the state under one layout for all engines: model.*, ema.*, exp_avg.*, exp_avg_sq.*."""
         found: dict[str, torch.Tensor] = {}
-        for name, part in self.engine.parts.items():
-            moments = self.engine.optimizer.state[part]
-            held = {"model": part.detach(), "ema": self.ema.parts[name]}
-            for kind, tensor in (held | {kind: moments[kind] for kind in ("exp_avg", "exp_avg_sq")}).items():
-                found[f"{kind}.{name}"] = self.engine.whole(name, tensor)
+        for kind, name, part in self._parts():
+            found[f"{kind}.{name}"] = self.engine.whole(name, part)
         return found
+
+    def _parts(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """(kind, name, this rank's part) of all that `tensors` gives."""
+        for name, part in self.engine.parts.items():
+            yield "model", name, part.detach()
+            yield "ema", name, self.ema.parts[name]
+            for kind, moment in self.engine.moments(name).items():
+                yield kind, name, moment
 
     def scalars(self) -> dict[str, Any]:
         """Everything else, as JSON takes it. Reads the count of applied updates from the device."""
@@ -53,17 +58,18 @@ class TrainState:
             "format": FORMAT,
             "step": self.step,
             "n": self.n,
-            "updates": self._updates(),
+            "updates": self.engine.updates,
             "skipped": self.skipped,
             "identity": self.identity,
         }
 
-    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
-        """Take over what `scalars` returned, after the tensors were loaded in place."""
+    def load(self, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> None:
+        """Take over what `tensors` returned, loaded into in place, and what `scalars` did. Collective."""
+        for kind, name, part in self._parts():
+            self.engine.take(name, part, tensors[f"{kind}.{name}"])
         self.step, self.n = int(scalars["step"]), int(scalars["n"])
         self.skipped = [(int(a), int(b)) for a, b in scalars["skipped"]]
-        for moments in self.engine.optimizer.state.values():
-            moments["step"].fill_(float(scalars["updates"]))
+        self.engine.updates = int(scalars["updates"])
         self.engine.refresh()
 
     def note(self, record: StepRecord, skipped: bool) -> None:
@@ -94,9 +100,6 @@ class TrainState:
         """Count one batch as consumed."""
         self.step, self.n = self.step + 1, self.n + batch_size
 
-    def _updates(self) -> int:
-        return int(next(iter(self.engine.optimizer.state.values()))["step"].item())
-
 
 def resume(state: TrainState, checkpoints: Checkpoints, *, at_most_n: int | None = None) -> bool:
     """Load the newest whole checkpoint into `state`, if there is one (with n <= `at_most_n`). Collective.
@@ -112,7 +115,8 @@ def resume(state: TrainState, checkpoints: Checkpoints, *, at_most_n: int | None
             f"{found}: has format {saved.get('format')!r}, and this version reads {FORMAT} alone"
         )
     check_identity(saved["identity"], state.identity, where=str(found))
-    state.load_scalars(checkpoints.restore(found, state.tensors()))
+    tensors = state.tensors()
+    state.load(tensors, checkpoints.restore(found, tensors))
     log.info("continuing from %s: step %d, sample %d", found, state.step, state.n)
     return True
 

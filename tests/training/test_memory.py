@@ -1,0 +1,61 @@
+"""The forecast of memory: activations as a profiler measures them, states as the engines hold them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from drwkv.compose import load
+from drwkv.config import TrainConfig
+from drwkv.models.config import from_config
+from drwkv.parallel.activations import checkpoint_blocks
+from drwkv.training.memory import predict
+
+SMALL = [
+    "model.name=DRWKV", "model.input_size=[16,16]", "model.in_channels=4", "model.num_classes=10",
+    "model.options={patch_size: 2, hidden_size: 64, depth: 7}", "run.batch_size=4",
+]  # fmt: skip
+BASE = ["model.name=DRWKV-B/2", "model.input_size=[64,64]", "model.num_classes=1000", "run.batch_size=1"]
+MODES = {
+    "none": [],
+    "full": ["parallel.activations.checkpoint=full"],
+    "every second": ["parallel.activations.checkpoint=full", "parallel.activations.every=2"],
+    "selective": ["parallel.activations.checkpoint=selective"],
+}
+
+
+def measured(config: TrainConfig) -> int:
+    """The most bytes at once of one forward and backward on this CPU, beside weights and gradients."""
+    model = from_config(config.model, seed=0)
+    checkpoint_blocks(model.blocks_in_order(), config.parallel.activations)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    B, (channels, height, width) = config.run.batch_size, config.model.shape
+    x, t, y = torch.randn(B, channels, height, width), torch.zeros(B), torch.zeros(B, dtype=torch.int64)
+    model(x, t, y).square().mean().backward()  # what is made once is made here
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model(x, t, y).square().mean().backward()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_activations_are_as_a_profiler_measures_them(mode: str) -> None:
+    config = load(TrainConfig, [*SMALL, *MODES[mode]])
+    assert predict(config, 1).activations == pytest.approx(measured(config), rel=0.1)
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(900)
+def test_full_checkpointing_takes_a_fifth_of_the_activations_at_1024_tokens() -> None:
+    configs = {mode: load(TrainConfig, [*BASE, *MODES[mode]]) for mode in ("none", "full", "selective")}
+    sizes = {mode: measured(config) for mode, config in configs.items()}
+    assert 5 * sizes["full"] <= sizes["none"]
+    assert 2 * sizes["selective"] <= sizes["none"]
+    for mode, config in configs.items():
+        assert predict(config, 1).activations == pytest.approx(sizes[mode], rel=0.1), mode
