@@ -64,7 +64,7 @@ class ZeroEngine(Engine):
         optimizer = make_optimizer(self._parameters.values())
         optimizer.state.clear()  # ZeRO puts its flat buffers in the place of the parameters
         self.module, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=self._settings(), dist_init_required=False
+            model=model, optimizer=optimizer, config=self._settings(model), dist_init_required=False
         )
         self._zero: Any = self.module.optimizer
         self.optimizer = self._zero.optimizer
@@ -76,8 +76,17 @@ class ZeroEngine(Engine):
             name: nn.Parameter(place.of(self._flat[place.buffer])) for name, place in self._places.items()
         }
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, model: nn.Module) -> dict[str, Any]:
         offload = self.config.offload == "optimizer"
+        blocks: list[nn.Module] = model.blocks_in_order()  # type: ignore[operator]
+        block = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
+        fetching: dict[str, Any] = {"stage3_param_persistence_threshold": 0}
+        if self.config.reshard_after_forward:  # else it keeps up to 1e9 weights gathered
+            fetching |= {
+                "stage3_max_live_parameters": 2 * block,
+                "stage3_prefetch_bucket_size": block,
+                "stage3_max_reuse_distance": 0,
+            }
         return {
             "train_micro_batch_size_per_gpu": 1,  # which it only counts with
             "steps_per_print": NEVER,
@@ -87,7 +96,8 @@ class ZeroEngine(Engine):
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {
                 "stage": self._stage,
-                "stage3_param_persistence_threshold": 0,
+                "reduce_bucket_size": block,
+                **fetching,
                 **({"offload_optimizer": {"device": "cpu", "pin_memory": self._is_cuda}} if offload else {}),
             },
         }

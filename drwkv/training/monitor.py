@@ -68,7 +68,7 @@ class Monitor:
     ) -> None:  # fmt: skip
         self._folder, self._config, self._world, self._on_record = folder, config, world, on_record
         self._total_steps = total_steps
-        self._pending: StepRecord | None = None
+        self._pending: tuple[StepRecord, float] | None = None  # with the seconds that its step took
         self._metrics: TextIO | None = None
         self._writer: SummaryWriter | None = None
         self._bar: tqdm | None = None
@@ -101,16 +101,15 @@ class Monitor:
     def record(self, record: StepRecord) -> None:
         """Take one step's record; writes the one before, whose numbers the device has by now."""
         self.flush()
-        self._pending = record
+        now = time.perf_counter()
+        self._pending, self._last_time = (record, now - self._last_time), now
 
     def flush(self) -> None:
         """Write the record that waits, if any; waits for its step on the device."""
         if self._pending is None:
             return
-        record, self._pending = self._pending, None
+        (record, seconds), self._pending = self._pending, None
         loss, norm, found_inf = torch.stack([record.loss, record.grad_norm, record.found_inf]).tolist()
-        now = time.perf_counter()
-        seconds, self._last_time = now - self._last_time, now
         for listener in self._on_record:
             listener(record, bool(found_inf))
         if self._metrics is None or self._bar is None:
