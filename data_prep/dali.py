@@ -8,15 +8,17 @@ for samples.
 
 from __future__ import annotations
 
+import contextlib
 import io
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from tqdm import tqdm
 
 from data_prep.tar_reader import open_range, tar_members
 from data_prep.tar_samples import split_name
 from data_prep.unvouched import open_unvouched
-from drwkv.storage import open_storage
+from drwkv.storage import TEMPORARY, is_remote, open_storage
 
 VERSION = "v1.2"
 
@@ -43,7 +45,16 @@ def index_text(reader: io.BufferedReader, *, where: str) -> str:
 
 
 def export(path: str, tars: list[str], out: str, *, jobs: int) -> None:
-    """Write TAR's name with .idx for .tar into `out`, a folder or S3 prefix, for each of the tars at `path`."""
+    """Write TAR's name with .idx for .tar into `out`, a folder or S3 prefix, for each of the tars at `path`.
+
+    ValueError when `out` is a file, or lies in one.
+    """
+    if not is_remote(out):
+        there = next(place for place in (Path(out), *Path(out).absolute().parents) if place.exists())
+        if not there.is_dir():
+            raise ValueError(
+                f"{there}: is a file; give --dali a folder, or nothing for index files beside the tars"
+            )
     source, target = open_unvouched(path), open_storage(out)
 
     def one(tar: str) -> None:
@@ -54,3 +65,6 @@ def export(path: str, tars: list[str], out: str, *, jobs: int) -> None:
     with ThreadPoolExecutor(jobs) as pool:
         for _ in tqdm(pool.map(one, tars), total=len(tars), unit="tar", disable=None):
             pass
+    if not is_remote(out):
+        with contextlib.suppress(OSError):  # others write there
+            (Path(out) / TEMPORARY).rmdir()

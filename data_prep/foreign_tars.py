@@ -22,6 +22,9 @@ from drwkv.storage import Storage
 NO_LABEL = "none"  # on the command line: the tars hold no labels
 KINDS = {"uint8": "pixels", "float16": "moments", "float32": "moments"}  # by what the arrays hold
 USUAL_MEMBERS = ("moments.npy", "img.npy")
+FORMS = ("moments", "sampled")  # mean and log-variance, or one draw from them, of which no set can be indexed
+KNOWN_FORMS = {4: "sampled", 8: "moments"}  # by channels, as data_prep.encode takes latents that others made
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Told:
     """What the user says of the tars; None: not said, so taken from the tars, the VAE or the manifest before."""
 
     kind: str | None = None  # "moments" or "pixels"
+    form: str | None = None  # one of FORMS, of arrays that are no pixels
     scale: float | None = None  # of latents
     shift: float | None = None  # of latents
     vae_id: str | None = None  # folder or hub name of the VAE that made the moments
@@ -46,6 +50,8 @@ class Told:
             there = dataclasses.replace(there, scale=None, shift=None, resolution=None)
         if self.label_member is not None:
             there = dataclasses.replace(there, num_classes=None)
+        if self.member not in (None, there.member):
+            there = dataclasses.replace(there, form=None)
         return dataclasses.replace(
             there, **{key: value for key, value in vars(self).items() if value is not None}
         )
@@ -64,8 +70,9 @@ class Told:
 def _told_by(manifest: Manifest) -> Told:
     member, flip_member = (*manifest.members, None)[:2]
     names = {field.name for field in dataclasses.fields(Told)} & vars(manifest).keys()
+    form = "moments" if manifest.kind == "moments" else None
     return Told(
-        **{name: getattr(manifest, name) for name in names}, member=member, flip_member=flip_member
+        **{name: getattr(manifest, name) for name in names}, form=form, member=member, flip_member=flip_member
     )  # fmt: skip
 
 
@@ -108,7 +115,9 @@ def look_inside(source: Storage, tar: str, told: Told) -> tuple[SampleLayout, Ar
         raise ValueError(f"{where}: holds no samples, members named KEY.EXTENSION")
     label = layout.LABEL_MEMBER if told.label_member is None else told.label_member
     label = "" if label == NO_LABEL else label
-    members = SampleLayout((_main_member(first, told, where), *_given(told.flip_member)), label, strict=False)
+    members = SampleLayout(
+        (_main_member(first, told, source, tar), *_given(told.flip_member)), label, strict=False
+    )
     if label and label not in first.places:
         raise ValueError(
             f"{where}: sample {first.key} has {sorted(first.places)} and no label {label!r}: give --label-member NAME, "
@@ -120,15 +129,24 @@ def look_inside(source: Storage, tar: str, told: Told) -> tuple[SampleLayout, Ar
     return members, ArrayHeader.of(head, f"{where}: sample {first.key}: {members.arrays[0]}")
 
 
-def _main_member(first: Sample, told: Told, where: str) -> str:
-    if told.member is not None:
-        return told.member
-    usual = [name for name in USUAL_MEMBERS if name in first.places]
+def _main_member(first: Sample, told: Told, source: Storage, tar: str) -> str:
+    usual = [name for name in USUAL_MEMBERS if name in first.places] if told.member is None else [told.member]
+    where = source.where(tar)
+    image = next((name for name in (told.member, *first.places) if name and _is_image(name)), None)
+    if image in first.places and (not usual or usual == [image]):
+        raise ValueError(
+            f"{where}: sample {first.key} has an image, {image}, where an array is needed: make a set of the images by "
+            f"`python -m data_prep.encode source={source.path} out=SET`, or give --member NAME for another member"
+        )
     if len(usual) != 1:
         raise ValueError(
             f"{where}: sample {first.key} has {sorted(first.places)}: give --member NAME for the one that is the array"
         )
     return usual[0]
+
+
+def _is_image(extension: str) -> bool:
+    return extension.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _given(name: str | None) -> tuple[str, ...]:
@@ -149,23 +167,15 @@ def draft_manifest(
             f"{storage.path}: --num-classes is {told.num_classes}, but the set is to have no labels"
         )
     channels, height, width = header.shape
-    if kind == "moments" and channels % 2:
-        raise ValueError(
-            f"{storage.path}: {members.arrays[0]} has shape {header.shape}: moments are a mean "
-            "and a log-variance, so an even number of channels"
-        )
     scale, shift, resolution, vae_hash = told.scale, told.shift, told.resolution, None
     if kind == "moments":
-        if told.vae_id is not None and (vae := _VaeFacts.load(told.vae_id)):
+        vae = None if told.vae_id is None else _VaeFacts.load(told.vae_id)
+        _check_form(storage.path, told, members.arrays[0], header.shape, vae)
+        if vae is not None:
             vae_hash = vae.hash
             scale = vae.scale if scale is None else scale
             shift = vae.shift if shift is None else shift
             resolution = height * vae.factor if resolution is None else resolution
-            if vae.channels != channels // 2:
-                raise ValueError(
-                    f"{storage.path}: {told.vae_id} makes latents of {vae.channels} channels, "
-                    f"the tars hold {channels // 2}"
-                )
         missing = [
             name for name, value in (("--scale", scale), ("--resolution", resolution)) if value is None
         ]
@@ -174,9 +184,9 @@ def draft_manifest(
                 f"{storage.path}: the tars do not say {' and '.join(missing)}: give it, or --vae FOLDER to take it from"
             )
         channels, shift = channels // 2, shift or 0.0
-    elif told.scale is not None or told.shift is not None or told.vae_id is not None:
+    elif any(value is not None for value in (told.form, told.scale, told.shift, told.vae_id)):
         raise ValueError(
-            f"{storage.path}: --scale, --shift and --vae are for moments, but the tars hold pixels"
+            f"{storage.path}: --form, --scale, --shift and --vae are for moments, but the tars hold pixels"
         )
     manifest = Manifest(
         kind=kind,
@@ -201,6 +211,40 @@ def draft_manifest(
     )
     manifest.check(storage.path)
     return manifest
+
+
+def _check_form(path: str, told: Told, member: str, shape: tuple[int, ...], vae: _VaeFacts | None) -> None:
+    """ValueError unless the arrays are moments: by what was said, the VAE's channels, their name, or theirs."""
+    channels = shape[0]
+    form = told.form
+    if form is None and vae is not None:
+        form = "sampled" if vae.channels == channels else "moments"
+    if form is None:
+        form = "moments" if "moments" in member or channels % 2 else KNOWN_FORMS.get(channels)
+    repack = (
+        "unpack them into class folders of .npy and run `python -m data_prep.encode source=FOLDER "
+        f"latents.form=sampled latents.scale={told.scale or 'SCALE'} out=SET`"
+    )
+    if form not in FORMS or (form == "sampled" and told.form is None and vae is None):
+        guess = ", as sampled latents usually have" if form == "sampled" else ""
+        raise ValueError(
+            f"{path}: {member} has {channels} channels{guess}, and its name does not say what they are: give "
+            "--form moments for a mean and a log-variance, half of the channels each; sampled latents have no "
+            f"log-variance, which training needs: {repack}"
+        )
+    if form == "sampled":
+        raise ValueError(
+            f"{path}: {member} holds sampled latents of {channels} channels, and training needs moments, mean and "
+            f"log-variance: {repack}"
+        )
+    if channels % 2:
+        raise ValueError(
+            f"{path}: {member} has shape {shape}: moments are a mean and a log-variance, so an even number of channels"
+        )
+    if vae is not None and vae.channels != channels // 2:
+        raise ValueError(
+            f"{path}: {told.vae_id} makes latents of {vae.channels} channels, the tars hold {channels // 2}"
+        )
 
 
 @dataclass(frozen=True)

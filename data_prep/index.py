@@ -1,6 +1,7 @@
 """Make a shard set of WebDataset tars that others wrote: an index and a manifest beside them, the tars as they are.
 
     python -m data_prep.index SET --scale 0.18215 --resolution 256       tars of KEY.moments.npy and KEY.cls
+    python -m data_prep.index SET --member latent.npy --form moments --scale 0.18215 --resolution 256
     python -m data_prep.index SET --member image.npy --label-member none
     python -m data_prep.index SET --again                                after the tars have changed
     python -m data_prep.index SET --dali [FOLDER]                        index files for NVIDIA DALI, and nothing else
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from data_prep import dali
 from data_prep.foreign_tars import (
+    FORMS,
     KINDS,
     NO_LABEL,
     USUAL_MEMBERS,
@@ -37,6 +39,7 @@ from data_prep.foreign_tars import (
     draft_manifest,
     look_inside,
 )
+from data_prep.stored_set import counted
 from data_prep.tar_reader import open_range
 from data_prep.tar_samples import Sample, SampleLayout, read_samples, row_of
 from data_prep.tar_stream import open_stream
@@ -71,7 +74,7 @@ def index_set(
     before = _manifest_before(storage)
     if before is not None and not again:
         _check_unchanged(storage, before, told, tars, jobs)
-        return f"{path}: finished already: {before.num_samples} samples in {len(tars)} shards"
+        return f"{path}: finished already: {_counts(before.num_samples, tars)}"
     if before is not None:
         told = told.filled_from(before)
     source = open_unvouched(path)
@@ -84,11 +87,16 @@ def index_set(
     with ThreadPoolExecutor(jobs) as pool:
         found = list(tqdm(pool.map(one, range(len(tars))), total=len(tars), unit="tar", disable=None))
     manifest = _write(storage, draft, found, told, replace=before is not None)
+    shape = "x".join(map(str, manifest.sample_shape))
     return (
-        f"{path}: {manifest.num_samples} samples in {len(tars)} shards, {manifest.kind} "
-        f"{'x'.join(map(str, manifest.sample_shape))} {manifest.dtype}, {manifest.num_classes} classes"
+        f"{path}: {_counts(manifest.num_samples, tars)}, {manifest.kind} {shape} {manifest.dtype}, "
+        + counted(manifest.num_classes, "class", "classes")
         + ("" if manifest.checksums else "; without checksums: damage to the values will not be seen")
     )
+
+
+def _counts(num_samples: int, tars: list[str]) -> str:
+    return f"{counted(num_samples, 'sample')} in {counted(len(tars), 'shard')}"
 
 
 def list_tars(path: str) -> list[str]:
@@ -138,7 +146,7 @@ def _check_unchanged(storage: Storage, before: Manifest, told: Told, tars: list[
         raise ValueError(
             f"{storage.path}: {changed[0]} has changed since the index was made "
             f"({there.get(changed[0], 'no')} bytes then, {now.get(changed[0], 'none')} now), "
-            f"{len(changed)} tars have in all; {advice}"
+            f"{counted(len(changed), 'tar')} changed in all; {advice}"
         )
 
 
@@ -231,6 +239,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("set", help="folder or s3://bucket/prefix that holds *.tar")
     add("--kind", choices=sorted(set(KINDS.values())), help="what the arrays hold (told by their type)")
+    add(
+        "--form",
+        choices=FORMS,
+        help="what arrays of floats hold (told by name, channels or VAE, where they do)",
+    )
     add("--scale", type=float, help="latents are (z - shift) * scale (the VAE's own)")
     add("--shift", type=float, help="see --scale (the VAE's own, or 0)")
     add("--vae", dest="vae_id", help="folder or hub name of the VAE that made the moments")
@@ -264,7 +277,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.dali is not None:
         tars, out = list_tars(options.set), options.dali or options.set
         dali.export(options.set, tars, out, jobs=options.jobs)
-        print(f"{out}: {len(tars)} index files for DALI")
+        print(f"{out}: {counted(len(tars), 'index file')} for DALI")
         return
     told = Told(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Told)})
     print(

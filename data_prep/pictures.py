@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data_prep.stored_set import StoredSet
+from data_prep.stored_set import StoredSet, counted
 from drwkv import rng
 from drwkv.data.manifest import Manifest
 from drwkv.evaluation.pictures import png_bytes
@@ -98,18 +98,26 @@ def contact_sheet(
     return sheet
 
 
+def check_target(file: Path) -> None:
+    """ValueError, before any work, when no picture can be written as `file`."""
+    if file.is_dir():
+        raise ValueError(f"{file}: is a folder, give the name of a file in it, such as {file / 'set.png'}")
+    if not file.parent.is_dir():
+        raise ValueError(f"{file}: there is no folder {file.parent}; make it, or give another file")
+
+
 def draw_sheet(
     stored: StoredSet, file: str | os.PathLike[str], *, vae: str | None = None, seed: int = 0
 ) -> str:
-    """Draw random samples as the PNG `file`; returns a line that says so, or why there is none."""
+    """Draw random samples as the PNG `file`; returns a line that says so, ValueError why there is none."""
     ids = pick_samples(stored.manifest.num_samples, SHEET_SAMPLES, seed)
     x_BCHW = stored.read(ids)
     try:
         images = decode_samples(stored, x_BCHW, vae)
     except ValueError as error:
-        return f"no contact sheet: {error}"
+        raise ValueError(f"{file}: no contact sheet: {error}") from None
     write_whole(Path(file), png_bytes(contact_sheet(images, captions(stored, ids))))
-    return f"{file}: {len(ids)} samples"
+    return f"{file}: {counted(len(ids), 'sample')}"
 
 
 def captions(stored: StoredSet, ids: np.ndarray) -> list[str]:
@@ -132,7 +140,7 @@ def draw_overview(
 ) -> str:
     """One PNG: `facts` in words, class counts, values of each channel in `num_values` samples, a contact sheet.
 
-    Returns a line that says what was drawn.
+    Returns a line that says so; ValueError where the samples cannot be decoded and all else was drawn.
     """
     manifest = stored.manifest
     ids = pick_samples(manifest.num_samples, num_values, seed)
@@ -143,14 +151,16 @@ def draw_overview(
         panels += [_heading("samples of each class"), _class_counts(counts, manifest.class_names)]
     panels += [_heading(f"values of {len(ids)} random samples, by channel"), *_channel_rows(manifest, x_BCHW)]
     shown = pick_samples(len(ids), SHEET_SAMPLES, seed)
-    note = ""
+    problem = ""
     try:
         images = decode_samples(stored, x_BCHW[shown], vae)
         panels += [_heading("random samples"), contact_sheet(images, captions(stored, ids[shown]))]
     except ValueError as error:
-        note = f"; no contact sheet: {error}"
+        problem = str(error)
     write_whole(Path(file), png_bytes(_stack(panels)))
-    return f"{file}: drawn{note}"
+    if problem:
+        raise ValueError(f"{file}: drawn without samples: {problem}")
+    return f"{file}: drawn"
 
 
 def _channel_rows(manifest: Manifest, x_BCHW: np.ndarray) -> list[Image.Image]:

@@ -153,7 +153,7 @@ def _read_through(job: ShardJob, storage: Storage, report: ShardReport) -> None:
                     except ValueError as error:
                         problem = str(error)
                 if arrays:
-                    batch.add(slot, arrays)
+                    batch.add(slot, sample.key, arrays)
                 else:
                     report.add(problem)
     finally:
@@ -173,11 +173,18 @@ def _readings(sample: Sample, job: ShardJob, storage: Storage) -> Iterator[Sampl
             yield Sample(sample.key, sample.places, data)
 
 
+def _name_of(job: ShardJob, slot: int, key: str) -> str:
+    """A sample by its row, and by its key in the tar where that is another."""
+    row = job.first_row + slot
+    same = key.isdecimal() and int(key) == row
+    return f"sample {row}" if same else f"sample {row} ({key}.*)"
+
+
 def _arrays_of(
     sample: Sample, slot: int, job: ShardJob, shape: SampleLayout, where: str
 ) -> dict[str, np.ndarray]:
     """The sample's arrays; ValueError when it is not what index and manifest say."""
-    what = f"{job.path}: sample {job.first_row + slot} in {job.entry.name}"
+    what = f"{job.path}: {_name_of(job, slot, sample.key)} in {job.entry.name}"
     row = row_of(sample, shape, shard=job.shard, where=where, checksums=job.manifest.checksums)
     expected = job.rows[slot].item()
     if row != expected:
@@ -211,12 +218,14 @@ class _Batch:
     def __init__(self, job: ShardJob, report: ShardReport) -> None:
         self._job, self._report = job, report
         self._slots: list[int] = []
+        self._keys: list[str] = []
         self._arrays: list[dict[str, np.ndarray]] = []
         one = int(np.prod(job.manifest.sample_shape)) * np.dtype(job.manifest.dtype).itemsize
         self._limit = max(1, BATCH_BYTES // one)
 
-    def add(self, slot: int, arrays: dict[str, np.ndarray]) -> None:
+    def add(self, slot: int, key: str, arrays: dict[str, np.ndarray]) -> None:
         self._slots.append(slot)
+        self._keys.append(key)
         self._arrays.append(arrays)
         if len(self._slots) == self._limit:
             self.look()
@@ -232,8 +241,8 @@ class _Batch:
             for i, problem in self._problems(x_BCHW):
                 sound[i] = False
                 self._report.add(
-                    f"{self._job.path}: {self._job.entry.name}: sample "
-                    f"{self._job.first_row + self._slots[i]}: {member} {problem}"
+                    f"{self._job.path}: {self._job.entry.name}: "
+                    f"{_name_of(self._job, self._slots[i], self._keys[i])}: {member} {problem}"
                 )
         x_BCHW = np.stack([arrays[main] for arrays in self._arrays])[sound]
         self._report.stored += ChannelSums.of(x_BCHW)
@@ -241,7 +250,7 @@ class _Batch:
             low, high = self._job.limits.log_variance
             log_variance = x_BCHW[:, self._job.manifest.channels :].astype(np.float32)
             self._report.std += ChannelSums.of(np.exp(log_variance.clip(low, high) / 2))
-        self._slots, self._arrays = [], []
+        self._slots, self._keys, self._arrays = [], [], []
 
     def _problems(self, x_BCHW: np.ndarray) -> Iterator[tuple[int, str]]:
         """(position in the batch, what is wrong with its values)."""

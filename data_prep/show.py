@@ -106,12 +106,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--vae", help="what decodes the samples (the manifest's)")
     parser.add_argument("--seed", type=int, default=0, help="which samples are drawn (0)")
     options = parser.parse_args(arguments)
+    if options.picture:
+        from data_prep.pictures import check_target, draw_overview  # torch, which the text does without
+
+        check_target(options.picture)
     stored = StoredSet(options.set)
     known = list(facts(stored))
     print(stored.path, *(f"{what:<12}{how_much}" for what, how_much in known), sep="\n")
     if options.picture:
-        from data_prep.pictures import draw_overview  # torch, which the text does without
-
         print(
             draw_overview(
                 stored,

@@ -22,6 +22,11 @@ READ_ATTEMPTS = 3  # of a sample on S3 that does not have its checksum
 REQUESTS = 16  # samples read at once
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number and what it counts: 1 shard, 2 shards."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 class StoredSet:
     """The set at `path`, its shard list and index rows; sample ids are rows.
 
@@ -73,7 +78,13 @@ class StoredSet:
         shape, dtype = manifest.sample_shape, np.dtype(manifest.dtype)
         problem = ""
         for _ in range(READ_ATTEMPTS if is_remote(self.path) else 1):
-            data = self.storage.read_range(name, int(row["offset"]), size)
+            try:
+                data = self.storage.read_range(name, int(row["offset"]), size)
+            except FileNotFoundError:
+                raise ValueError(
+                    f"{self.storage.where(name)} is missing, and sample {sample_id} is in it; {self.remedy} "
+                    f"(`python -m data_prep.verify {self.path}` finds all that is)"
+                ) from None
             if manifest.checksums and google_crc32c.value(data) != row["crc32c"]:
                 problem = f"is corrupt: crc32c {google_crc32c.value(data):08x}, expected {row['crc32c']:08x}"
                 continue

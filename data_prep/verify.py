@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.shard_check import KEPT_PROBLEMS, Limits, ShardJob, ShardReport, check_shard
-from data_prep.stored_set import StoredSet
+from data_prep.stored_set import StoredSet, counted
 from drwkv import command
 from drwkv.data import manifest as layout
 
@@ -134,8 +134,8 @@ def _first_line(stored: StoredSet, report: ShardReport) -> str:
     mean = report.stored.mean.mean()
     std = max(report.stored.mean_square.mean() - mean**2, 0.0) ** 0.5
     return (
-        f"{stored.path}: sound: {m.num_samples} samples in {len(stored.entries)} shards, "
-        f"{m.kind} {shape} {m.dtype}, {m.num_classes} classes, {spread}, "
+        f"{stored.path}: sound: {counted(m.num_samples, 'sample')} in {counted(len(stored.entries), 'shard')}, "
+        f"{m.kind} {shape} {m.dtype}, {counted(m.num_classes, 'class', 'classes')}, {spread}, "
         f"mean {mean:.4g}, std {std:.4g}, index {m.index_hash[:12]}"
     )
 
@@ -204,6 +204,10 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         raise ValueError(f"--jobs is {options.jobs}: give 1 or more")
+    if options.sheet:
+        from data_prep.pictures import check_target, draw_sheet
+
+        check_target(options.sheet)
     try:
         print(verify(options.set, jobs=options.jobs, max_latent=options.max_latent))
     except BrokenSetError as error:
@@ -211,8 +215,6 @@ def main(arguments: Sequence[str]) -> None:
             print(*error.problems, sep="\n", file=sys.stderr)
         raise
     if options.sheet:
-        from data_prep.pictures import draw_sheet
-
         print(draw_sheet(StoredSet(options.set), options.sheet, vae=options.vae, seed=options.seed))
 
 

@@ -97,8 +97,9 @@ class S3Storage:
     """The objects under `s3://bucket/prefix`; safe from any thread and after a fork."""
 
     def __init__(self, path: str) -> None:
-        self.path = path.rstrip("/")
-        self.bucket, _, self._prefix = self.path.removeprefix(S3_SCHEME).partition("/")
+        place = path.removeprefix(S3_SCHEME).rstrip("/")
+        self.path = S3_SCHEME + place
+        self.bucket, _, self._prefix = place.partition("/")
         if not self.bucket:
             raise ValueError(f"{path}: no bucket is named; give s3://bucket/prefix")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -22,7 +23,6 @@ from foreign_sets import (
     MOMENTS,
     NUM_CLASSES,
     NUM_SAMPLES,
-    TOLD,
     members_of,
     npy,
     write_tar,
@@ -37,7 +37,19 @@ from data_prep.writer import ShardSetWriter
 from drwkv.data.manifest import Manifest, read_manifest
 from drwkv.data.shards import ShardSet
 
-ARGUMENTS = ["--scale", "0.5", "--shift", "0.1", "--resolution", "32", "--label-member", "class"]
+TOLD = dataclasses.replace(foreign_sets.TOLD, form="moments")  # neither name nor 4 channels say so
+ARGUMENTS = [
+    "--form",
+    "moments",
+    "--scale",
+    "0.5",
+    "--shift",
+    "0.1",
+    "--resolution",
+    "32",
+    "--label-member",
+    "class",
+]
 ARGUMENTS += ["--member", "vae.mean_std.npy", "--flip-member", "flipped.npy"]
 Use = Callable[[S3Server], None]
 
@@ -126,6 +138,37 @@ def test_unlabelled_pixels_need_nothing_to_be_said_but_that(tmp_path: Path):
     np.testing.assert_array_equal(shards.read(np.arange(6))[0], images)
 
 
+@pytest.mark.parametrize(("name", "channels", "form", "said"), [
+    ("latent.npy", 4, None, "4 channels, as sampled latents usually have, and its name does not say what they are"),
+    ("latent.npy", 16, None, "16 channels, and its name does not say what they are: give --form moments"),
+    ("latent.npy", 3, None, "so an even number of channels"),
+    ("latent.npy", 8, "sampled", "holds sampled latents of 8 channels"),
+    ("latent.npy", 4, "moments", ""),
+    ("latent.npy", 8, None, ""),
+    ("moments.npy", 4, None, ""),
+    ("vae.moments.npy", 16, None, ""),
+])  # fmt: skip
+def test_sampled_latents_are_not_taken_for_moments(
+    tmp_path: Path, name: str, channels: int, form: str | None, said: str
+):
+    latents = np.random.default_rng(0).standard_normal((2, channels, 4, 4)).astype(np.float16)
+    write_tar(tmp_path / "set/x.tar", ((f"{i}.{name}", npy(x)) for i, x in enumerate(latents)))
+    told = Told(member=name, form=form, scale=0.18215, resolution=32, label_member="none")
+    if said:
+        line = refused(tmp_path / "set", told)
+        assert said in line and ("latents.form=sampled latents.scale=0.18215" in line or channels == 3)
+        return
+    index_set(str(tmp_path / "set"), told)
+    assert read_manifest(tmp_path / "set").channels == channels // 2
+
+
+def test_tars_of_images_are_sent_to_the_encoder(tmp_path: Path):
+    write_tar(tmp_path / "set/x.tar", [("0.jpg", b"JFIF" * 50), ("0.cls", b"0"), ("0.vit.npy", b"")])
+    for told in (Told(), Told(member="jpg")):
+        assert f"data_prep.encode source={tmp_path / 'set'} out=SET" in refused(tmp_path / "set", told)
+    assert "vit.npy is no npy array" in refused(tmp_path / "set", Told(member="vit.npy"))
+
+
 def bad_tar(case: str, folder: Path) -> None:
     """`folder` with three sound tars, the middle one made bad."""
     foreign_sets.write_foreign_tars(folder)
@@ -184,13 +227,15 @@ def test_a_bad_tar_is_named_and_nothing_is_written(tmp_path: Path, case: str, sa
 @pytest.mark.parametrize(("told", "said"), [
     ({}, "give --member NAME for the one that is the array"),
     ({"member": "vae.mean_std.npy"}, "give --label-member NAME, or --label-member none"),
-    ({"label_member": "class", "member": "vae.mean_std.npy"},
+    ({"label_member": "class", "member": "vae.mean_std.npy", "form": "moments"},
      "the tars do not say --scale and --resolution: give it, or --vae FOLDER"),
     ({**vars(TOLD), "kind": "pixels"}, "--kind is pixels, but vae.mean_std.npy holds float32"),
     ({**vars(TOLD), "num_classes": 3}, "has label 4, but --num-classes is 3; give 5 or more, or none"),
     ({**vars(TOLD), "label_member": "none", "num_classes": 3}, "--num-classes is 3, but the set is to have no labels"),
     ({**vars(TOLD), "flip_member": "gone"}, "has ['class', 'flipped.npy', 'json', 'vae.mean_std.npy'], expected"),
     ({**vars(TOLD), "member": "json"}, "json is no npy array"),
+    ({**vars(TOLD), "form": None}, "has 4 channels, as sampled latents usually have, and its name does not say"),
+    ({**vars(TOLD), "form": "sampled"}, "holds sampled latents of 4 channels, and training needs moments"),
 ])  # fmt: skip
 def test_what_should_be_said_is_asked_for(tars: Path, told: dict, said: str):
     assert said in refused(tars, Told(**told))
@@ -220,13 +265,15 @@ def test_changed_tars_are_refused_until_they_are_indexed_again(tars: Path, index
     write_tar(tars / "b-2.tar", (member for i in (3, 2, 1) for member in members_of(i)))
     write_tar(tars / "b-3.tar", members_of(39))
     line = refused(tars)
-    assert "b-2.tar has changed since the index was made" in line and "2 tars have in all" in line
+    assert "b-2.tar has changed since the index was made" in line and "2 tars changed in all" in line
     assert f"run `python -m data_prep.index {tars} --again`" in line
     index_set(str(tars), again=True)  # what was said before still holds
     x, y = ShardSet.open(tars).read(np.arange(34))
     order = [*range(30), 3, 2, 1, 39]
     np.testing.assert_array_equal(x, MOMENTS[order])
     np.testing.assert_array_equal(y, LABELS[order])
+    assert "form 'moments' there, 'sampled' now" in refused(tars, Told(form="sampled"))
+    assert "latents.form=sampled latents.scale=0.5" in refused(tars, Told(form="sampled"), again=True)
     index_set(str(tars), Told(scale=0.7), again=True)
     assert read_manifest(tars).scale == 0.7 and read_manifest(tars).shift == 0.1
     index_set(str(tars), Told(label_member="none"), again=True)
@@ -246,6 +293,10 @@ def test_scale_resolution_and_hash_come_from_a_vae_that_can_be_loaded(tmp_path: 
     manifest = read_manifest(tmp_path / "set")
     assert (manifest.scale, manifest.shift, manifest.resolution) == (0.25, 0.0, 16)
     assert manifest.vae_id == str(vae) and len(manifest.vae_hash or "") == 64
+    for latents, said in ((4, "holds sampled latents of 4 channels"), (6, "the tars hold 3")):
+        write_tar(tmp_path / f"of{latents}/x.tar", [("0.z.npy", npy(np.zeros((latents, 4, 4), np.float16)))])
+        told = Told(vae_id=str(vae), member="z.npy", label_member="none")
+        assert said in refused(tmp_path / f"of{latents}", told)
     gone = str(tmp_path / "no such/vae")
     index_set(str(tmp_path / "set2"), Told(vae_id=gone, scale=0.3, resolution=16))
     assert "cannot be loaded" in capsys.readouterr().out
@@ -390,6 +441,10 @@ def test_dali_index_files_stand_beside_the_tars_of_a_committed_set_and_change_no
     added = bytes_of(copy).keys() - bytes_of(indexed).keys()
     assert added == {"b-0.idx", "b-1.idx", "b-2.idx"}
     assert bytes_of(indexed).items() <= bytes_of(copy).items()
+    assert not (copy / ".tmp").exists()
+    for file in (copy / "manifest.json", copy / "manifest.json/idx"):
+        with pytest.raises(ValueError, match="manifest.json: is a file; give --dali a folder"):
+            main([str(copy), "--dali", str(file)])
     write_tar(tmp_path / "blank/a.tar", [("a b.cls", b"1")])
     with pytest.raises(ValueError, match="a.tar: member 'a b.cls' has a blank in its name"):
         main([str(tmp_path / "blank"), "--dali"])

@@ -98,8 +98,11 @@ def test_the_picture_is_drawn_by_the_vae_and_is_the_same_for_a_seed(latents, tmp
     assert (
         whole.shape[1] == 1200 and len(np.unique(whole.reshape(-1, 3), axis=0)) > 1000
     )  # colours: decoded samples
-    gone = shown(capsys, latents, "--picture", tmp_path / "d", "--vae", tmp_path / "no vae")[-1]
-    assert f"{tmp_path / 'd'}: drawn; no contact sheet: VAE {tmp_path / 'no vae'}: cannot be loaded" in gone
+    with pytest.raises(
+        ValueError, match=f"{tmp_path / 'd'}: drawn without samples: VAE {tmp_path / 'no vae'}: cannot be"
+    ):
+        shown(capsys, latents, "--picture", tmp_path / "d", "--vae", tmp_path / "no vae")
+    assert capsys.readouterr().out.startswith(str(latents))
     assert Image.open(tmp_path / "d").height < whole.shape[0]
 
 
@@ -126,7 +129,7 @@ def test_a_sample_that_is_damaged_is_named_and_not_drawn(tmp_path):
     folder = foreign_sets.write_foreign_tars(tmp_path / "set")
     index_set(
         str(folder),
-        Told(scale=1.0, resolution=32, member="vae.mean_std.npy", label_member="class"),
+        Told(scale=1.0, resolution=32, member="vae.mean_std.npy", label_member="class", form="moments"),
     )
     stored = StoredSet(folder)
     np.testing.assert_array_equal(stored.read(np.array([7, 3])), foreign_sets.MOMENTS[[7, 3]])
@@ -134,6 +137,20 @@ def test_a_sample_that_is_damaged_is_named_and_not_drawn(tmp_path):
     data[int(stored.rows_of(0)["offset"][3]) + 150] ^= 1
     (folder / "b-0.tar").write_bytes(data)
     with pytest.raises(ValueError, match="sample 3 in b-0.tar is corrupt.*data_prep.index .* --again"):
+        show.main([str(folder), "--picture", str(tmp_path / "a.png")])
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_lost_shard_or_a_folder_for_a_picture_is_one_line(tmp_path):
+    folder = foreign_sets.write_foreign_tars(tmp_path / "set")
+    index_set(
+        str(folder),
+        Told(scale=1.0, resolution=32, member="vae.mean_std.npy", label_member="class", form="moments"),
+    )
+    with pytest.raises(ValueError, match=f"{tmp_path}: is a folder, give the name of a file in it"):
+        show.main([str(folder), "--picture", str(tmp_path)])
+    (folder / "b-1.tar").unlink()
+    with pytest.raises(ValueError, match="b-1.tar is missing, and sample .* is in it; restore it, or run"):
         show.main([str(folder), "--picture", str(tmp_path / "a.png")])
     assert not (tmp_path / "a.png").exists()
 
@@ -188,7 +205,10 @@ def test_a_set_of_the_size_of_imagenet_is_shown_in_a_moment(tmp_path, capsys):
 ])  # fmt: skip
 def test_what_is_missing_is_one_line_and_code_2(tmp_path, applications, break_it, said):
     folder = foreign_sets.write_foreign_tars(tmp_path / "set")
-    index_set(str(folder), Told(scale=1.0, resolution=32, member="vae.mean_std.npy", label_member="class"))
+    index_set(
+        str(folder),
+        Told(scale=1.0, resolution=32, member="vae.mean_std.npy", label_member="class", form="moments"),
+    )
     break_it(folder)
     line = applications.refused("-m", "data_prep.show", str(folder))
     assert any(part in line for part in said.split("|")), line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import sys
@@ -11,7 +12,6 @@ import foreign_sets
 import numpy as np
 import pytest
 from faulty_proxy import Fault, Kind
-from foreign_sets import TOLD
 from PIL import Image
 
 from data_prep import verify
@@ -25,6 +25,7 @@ from drwkv.data.manifest import Manifest
 from drwkv.data.shards import ShardSet
 from drwkv.storage import StorageError
 
+TOLD = dataclasses.replace(foreign_sets.TOLD, form="moments")
 MOMENTS = np.random.default_rng(0).standard_normal((20, 2, 2, 2)).astype(np.float16)
 
 
@@ -215,7 +216,7 @@ def test_foreign_tars_that_are_newer_than_their_index_are_sent_to_the_indexer(tm
     assert "sound: 40 samples in 3 shards" in verify.verify(str(folder))
     remedy = f"run `python -m data_prep.index {folder} --again`"
     overwrite(folder, 2, "flip_offset", b"\x01", at=200)
-    with pytest.raises(BrokenSetError, match="sample 2 in b-0.tar differs .flip_crc32c") as caught:
+    with pytest.raises(BrokenSetError, match="sample 2 .* in b-0.tar differs .flip_crc32c") as caught:
         verify.verify(str(folder))
     assert remedy in str(caught.value)
     shutil.copy(folder / "b-2.tar", folder / "b-0.tar")
@@ -231,7 +232,7 @@ def test_without_checksums_values_are_looked_at_and_that_is_said(tmp_path):
     index_set(str(folder), TOLD, headers_only=True)
     assert "the index has no checksums" in verify.verify(str(folder))
     overwrite(folder, 2, "offset", np.float32(np.nan).tobytes(), at=128)
-    with pytest.raises(BrokenSetError, match="b-0.tar: sample 2: vae.mean_std.npy is not finite"):
+    with pytest.raises(BrokenSetError, match="b-0.tar: sample 2 .*: vae.mean_std.npy is not finite"):
         verify.verify(str(folder))
 
 
@@ -297,10 +298,30 @@ def test_the_sheet_shows_random_samples_by_seed(tmp_path, capsys):
     np.testing.assert_array_equal(pixels[17:140:35, 17:140:35], first.transpose(1, 2, 0))
 
 
-def test_without_a_vae_the_sheet_is_left_out_in_a_line(sound, tmp_path, capsys):
-    verify.main(
-        [str(sound), "--jobs", "1", "--sheet", str(tmp_path / "a.png"), "--vae", str(tmp_path / "no vae")]
-    )
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith(f"no contact sheet: VAE {tmp_path / 'no vae'}: cannot be loaded")
-    assert not (tmp_path / "a.png").exists()
+def test_a_sheet_that_cannot_be_drawn_is_a_line_and_code_2_behind_the_summary(
+    sound, tmp_path, monkeypatch, capsys
+):
+    sheet, vae = tmp_path / "a.png", tmp_path / "no vae"
+    arguments = [str(sound), "--jobs", "1", "--sheet", str(sheet), "--vae", str(vae)]
+    monkeypatch.setattr(sys, "argv", ["verify", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        command.run(verify.main)
+    printed = capsys.readouterr()
+    assert exit_.value.code == 2 and "sound: 20 samples in 3 shards" in printed.out
+    assert printed.err.startswith(f"error: {sheet}: no contact sheet: VAE {vae}: cannot be loaded")
+    assert not sheet.exists()
+
+
+def test_a_sheet_that_cannot_be_a_file_is_refused_before_the_work(sound, tmp_path, capsys):
+    for sheet, said in ((tmp_path, "is a folder"), (tmp_path / "gone/a.png", "there is no folder .*gone")):
+        with pytest.raises(ValueError, match=f"{sheet}: {said}"):
+            verify.main([str(sound), "--jobs", "1", "--sheet", str(sheet)])
+    assert not capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_a_sample_whose_key_is_not_its_row_is_named_by_both(tmp_path):
+    folder = foreign_sets.write_foreign_tars(tmp_path / "set")
+    index_set(str(folder), TOLD)
+    overwrite(folder, 2, "offset", b"\x55\xaa", at=130)
+    with pytest.raises(BrokenSetError, match=r"sample 2 \(train.v1/x/00002\.\*\) in b-0.tar differs"):
+        verify.verify(str(folder))
