@@ -7,9 +7,12 @@ encode.py's.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -106,6 +109,19 @@ def _end_without(parent: int, worker: int) -> None:
         os._exit(1)
 
 
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes that start here do not see Ctrl-C, at which each would print a traceback."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class _Requests:
     """The sampler that DataLoader asks for what to decode next; each round of asking may differ."""
 
@@ -139,8 +155,9 @@ class DecodingPool:
             worker_init_fn=functools.partial(_end_without, os.getpid()),
         )
         if workers:
-            for _ in self._loader:  # nothing yet, but the workers start now, and nobody waits for them
-                raise AssertionError("there are no requests yet")
+            with _interrupts_ignored():  # which the workers inherit: to end them is this process's business
+                for _ in self._loader:  # nothing yet, but the workers start now, and nobody waits for them
+                    raise AssertionError("there are no requests yet")
 
     def decode(self, requests: Iterable[Request]) -> Iterator[Decoded]:
         """The answers, in the order of the requests. Raises what kept a source from being read."""

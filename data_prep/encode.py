@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ from data_prep.encoder import (
 )
 from data_prep.leases import Leases, wait_sec
 from data_prep.sources import BadSampleError, Source, StoredLatents, open_source
-from data_prep.writer import CLAIMS, ShardSetWriter, Skipped
+from data_prep.writer import CLAIMS, ShardSetWriter, Skipped, check_place
 from drwkv import command
 from drwkv.compose import load
 from drwkv.cpu import keep_freed_memory
@@ -211,7 +212,8 @@ class Worker:
                 yield Skipped(problem)
             else:
                 raise ValueError(
-                    f"{problem}; mend or remove it, or give on_bad=skip to leave such images out of the set"
+                    f"{problem}; mend it, or give on_bad=skip to leave such images out of the set "
+                    "(without the file the source is another, and needs another out)"
                 )
 
     def _requests(self, missing: Sequence[int]) -> Iterator[Request]:
@@ -370,11 +372,16 @@ def _check(config: EncodeConfig) -> None:
         raise ValueError(
             f"config key 'scratch' is {config.scratch!r}: there is no such folder, make it first"
         )
+    check_place(config.out)
 
 
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where it found the keys
+    warnings.filterwarnings(
+        "ignore", message="This DataLoader will create"
+    )  # the number of workers is the user's
     config = load(EncodeConfig, arguments)
     try:
         print(encode(config))

@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 from webdataset.writer import TarWriter
 
+from data_prep.stored_set import StoredSet
 from data_prep.tar_samples import index_tar
 from data_prep.unvouched import open_unvouched
 from drwkv import rng
@@ -44,6 +46,7 @@ PLAN_NAME = "plan.json"  # the manifest to be, while the set is being written
 PARTS, CLAIMS = "index/parts", "index/claims"  # sidecars of shards, and leases; gone after the commit
 SCRATCH = "drwkv"  # begin of the names of tars that are not in place yet
 _REQUESTS = 16  # small files read or removed at once
+_OURS = re.compile(r"shard-\d{6,}\.tar|index/(samples\.npy|shards\.json|sources\.txt)")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,38 @@ def hash_sources(names: Sequence[str], labels: np.ndarray) -> str:
     for name, label in zip(names, labels.tolist(), strict=True):
         digest.update(f"{name}\t{label}\n".encode())
     return digest.hexdigest()
+
+
+def check_place(out: str | os.PathLike[str]) -> str | None:
+    """The name of the manifest or plan that `out` holds, None where a new set can begin; nothing is written.
+
+    Raises ValueError for a place that no set can be written to, or that holds files of others.
+    """
+    storage = open_storage(out)
+    if not is_remote(out):
+        there = next(path for path in (Path(out), *Path(out).absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise ValueError(f"{out}: {there} is a file, but the shard set needs a folder; give another path")
+    for name in (layout.MANIFEST_NAME, PLAN_NAME):
+        with contextlib.suppress(FileNotFoundError):
+            storage.read(name)
+            return name
+    if not is_remote(out) and not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{out}: {there} cannot be written to; give another path, or mend its permissions")
+    strangers = [
+        name for name in storage.names(settled=False) if not name.startswith((f"{PARTS}/", f"{CLAIMS}/"))
+    ]
+    if not strangers:
+        return None
+    for name in (PLAN_NAME, layout.MANIFEST_NAME):  # another worker has just written it
+        if storage.exists(name):
+            return name
+    if ours := [name for name in strangers if _OURS.fullmatch(name)]:
+        raise ValueError(
+            f"{out}: holds {ours[0]!r} as a shard set does, but no {layout.MANIFEST_NAME}; restore that from a copy, "
+            "give another folder, or, if this was such a set, delete all that is in it and run the same command again"
+        )
+    raise ValueError(f"{out}: not empty and no shard set (holds {strangers[0]!r}); give another folder")
 
 
 class ShardSetWriter:
@@ -102,6 +137,7 @@ class ShardSetWriter:
         self.num_shards = -(-len(names) // manifest.samples_per_shard)
         self._permutation = deal_out(len(names), manifest.seed)
         self._scratch = Path(scratch or tempfile.gettempdir()) if is_remote(out) else Path(out) / TEMPORARY
+        self._damaged: dict[int, int] = {}  # shard whose tar had another size -> bytes that it shall have
         self._clear_scratch()
         self._begin()
 
@@ -120,13 +156,15 @@ class ShardSetWriter:
         return self.storage.exists(layout.MANIFEST_NAME)
 
     def missing(self) -> list[int]:
-        """Shards that no one has finished yet, or that somebody has deleted since."""
+        """Shards that no one has finished yet, or that somebody has deleted or cut since."""
         finished = set(self.storage.names("shard-", settled=False))
-        return [i for i in range(self.num_shards) if self.shard_name(i) not in finished]
+        return [
+            i for i in range(self.num_shards) if self.shard_name(i) not in finished or self._is_damaged(i)
+        ]
 
     def is_finished(self, shard: int) -> bool:
         """Whether one shard is in place."""
-        return self.storage.exists(self.shard_name(shard))
+        return self.storage.exists(self.shard_name(shard)) and not self._is_damaged(shard)
 
     def write(self, shard: int, samples: Iterable[Mapping[str, np.ndarray] | Skipped]) -> None:
         """Write one whole shard: `samples` gives the array members of each of `sources_of(shard)`, in order.
@@ -189,7 +227,7 @@ class ShardSetWriter:
                 sources = self.sources_of(shard).tolist()
                 for slot, (source, arrays) in enumerate(zip(sources, samples, strict=True)):
                     if isinstance(arrays, Skipped):
-                        skipped[source] = arrays.reason
+                        skipped[source] = arrays.reason.removeprefix(f"{self.names[source]}: ")
                         continue
                     self._check_arrays(arrays, self.names[source])
                     keys.append(f"{self.first_row(shard) + slot:09d}")
@@ -197,9 +235,10 @@ class ShardSetWriter:
                     sample |= {"__key__": keys[-1], layout.LABEL_MEMBER: b"%d" % self.labels[source]}
                     tar.write(sample)
         if not keys:
+            source, reason = next(iter(skipped.items()))
             raise ValueError(
                 f"{self.out}: no sample is left of {self.shard_name(shard)}, the first was left out because "
-                f"{next(iter(skipped.values()))}; is the source what it should be?"
+                f"{self.names[source]}: {reason}; is the source what it should be?"
             )
         return keys, skipped
 
@@ -259,28 +298,63 @@ class ShardSetWriter:
 
     def _begin(self) -> None:
         """Claim the place for this plan, or find out that it holds another."""
-        if not is_remote(self.out) and Path(self.out).exists() and not Path(self.out).is_dir():
-            raise ValueError(f"{self.out}: a file, but the shard set needs a folder; give another path")
-        for name in (layout.MANIFEST_NAME, PLAN_NAME):
-            with contextlib.suppress(FileNotFoundError):
-                return self._compare(name)
-        strangers = [
-            name
-            for name in self.storage.names(settled=False)
-            if not name.startswith((f"{PARTS}/", f"{CLAIMS}/"))
-        ]
-        if layout.MANIFEST_NAME in strangers:  # another worker has just ended the set
-            return self._compare(layout.MANIFEST_NAME)
-        if strangers and PLAN_NAME not in strangers:
+        name = check_place(self.out)
+        if name is None and not self.storage.write_new(PLAN_NAME, self.manifest.to_json().encode()):
+            name = PLAN_NAME
+        if name is None:
+            return
+        try:
+            self._compare(name)
+        except FileNotFoundError:  # the plan: another worker has just ended the set
+            name = layout.MANIFEST_NAME
+            self._compare(name)
+        if name == layout.MANIFEST_NAME:
+            self._check_committed()
+
+    def _check_committed(self) -> None:
+        """ValueError unless the index is the manifest's; tars that have another size than it says become missing."""
+        stored = StoredSet(self.out)
+        for shard in range(len(stored.entries)):
+            stored.rows_of(shard)
+        try:
+            sources = self.storage.read(layout.SOURCES_NAME)
+        except FileNotFoundError:
+            sources = b""
+        if layout.sha256(sources) != json.loads(stored.shard_list)["sources_sha256"]:
             raise ValueError(
-                f"{self.out}: not empty and no shard set (holds {strangers[0]!r}); give another folder"
+                f"{self.storage.where(layout.SOURCES_NAME)}: missing, or not of the hash that "
+                f"{layout.SHARD_LIST_NAME} gives; {stored.manifest.remedy(self.out, 'the set')}"
             )
-        if not self.storage.write_new(PLAN_NAME, self.manifest.to_json().encode()):
-            self._compare(PLAN_NAME)
+        with ThreadPoolExecutor(_REQUESTS) as pool:
+            sizes = pool.map(self._size, range(self.num_shards))
+            for shard, (size, entry) in enumerate(zip(sizes, stored.entries, strict=True)):
+                if size not in (None, entry.num_bytes):
+                    self._damaged[shard] = entry.num_bytes
+                    log.warning(
+                        "%s: %d bytes, but the index says %d: it is written anew",
+                        self.storage.where(entry.name), size, entry.num_bytes,
+                    )  # fmt: skip
+
+    def _size(self, shard: int) -> int | None:
+        """Bytes of a shard's tar; None where there is none."""
+        try:
+            return self.storage.size(self.shard_name(shard))
+        except FileNotFoundError:
+            return None
+
+    def _is_damaged(self, shard: int) -> bool:
+        """Whether a tar that had another size than the index says still has it."""
+        return shard in self._damaged and self._size(shard) != self._damaged[shard]
 
     def _compare(self, name: str) -> None:
         where = self.storage.where(name)
-        begun = dataclasses.asdict(Manifest.from_json(self.storage.read(name).decode(), where))
+        text = self.storage.read(name).decode(errors="replace")
+        try:
+            begun = dataclasses.asdict(Manifest.from_json(text, where))
+        except ValueError as error:
+            raise ValueError(
+                f"{error}: restore that file, or delete all that is in {self.out} and run the same command again"
+            ) from None
         begun["num_samples"] += len(begun["skipped"])
         # A VAE is what its weights are, whatever path a worker has it at; the first worker's path stays.
         self.manifest = dataclasses.replace(self.manifest, vae_id=begun["vae_id"])

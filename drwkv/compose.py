@@ -6,12 +6,18 @@ code that it configures, and what a field means is said there.
 
 from __future__ import annotations
 
+import ast
 import difflib
+import inspect
+import io
+import json
 import re
-from collections.abc import Sequence
+import sys
+import tokenize
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -24,7 +30,11 @@ def load(schema: type[T], arguments: Sequence[str]) -> T:
     """Compose defaults <- `--config FILE` <- `key.sub=value ...` into a checked instance of the dataclass `schema`.
 
     Raises FileNotFoundError for a missing file, ValueError naming key, value, file and the nearest right key else.
+    `--help` among the arguments prints every key and exits.
     """
+    if {"--help", "-h"} & set(arguments):
+        print(usage(schema))
+        sys.exit(0)
     path, overrides = _split_arguments(arguments)
     merged = OmegaConf.structured(schema)
     if path is not None:
@@ -40,6 +50,15 @@ def load(schema: type[T], arguments: Sequence[str]) -> T:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ValueError(f"config: {_first_line(error)}") from None
+
+
+def usage(schema: type) -> str:
+    """What `--help` prints: how the command is called, and each key with type, default and meaning."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"-m {spec.name}" if spec else Path(sys.argv[0]).name
+    return "\n".join(
+        [f"usage: python {program} [--config FILE] [KEY=VALUE ...]", "", *_key_lines(schema(), prefix="")]
+    )
 
 
 def dump(config: Any, path: Path) -> None:
@@ -75,6 +94,39 @@ def _split_arguments(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
                 f"command line: {argument!r} is not understood: give --config FILE or key.sub=value"
             )
     return path, overrides
+
+
+def _key_lines(defaults: Any, prefix: str) -> Iterator[str]:
+    """Two lines for each key of a dataclass: key, type and default as YAML has it; and the meaning."""
+    meanings = _meanings(type(defaults))
+    for f in fields(defaults):
+        default = getattr(defaults, f.name)
+        if is_dataclass(default):
+            yield from _key_lines(default, f"{prefix}{f.name}.")
+            continue
+        kind = re.sub(r"Literal\[(.*?)\]", lambda found: found[1].replace(", ", " | "), str(f.type))
+        given = " (must be given)" if default == "???" else f" = {json.dumps(default)}"
+        yield f"  {prefix}{f.name}: {kind}{given}"
+        if f.name in meanings:
+            yield f"      {meanings[f.name]}"
+
+
+def _meanings(schema: type) -> dict[str, str]:
+    """The comment that stands beside each field in the source, where a field's meaning is said."""
+    source = inspect.getsource(schema)
+    comments = {
+        token.start[0]: token.string.removeprefix("#").strip()
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT and not token.string.startswith("# fmt:")
+    }
+    definition = ast.parse(source).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+            found[node.target.id] = " ".join(comments[line] for line in lines if line in comments)
+    return {name: meaning for name, meaning in found.items() if meaning}
 
 
 def _read_yaml(path: Path) -> DictConfig:
@@ -124,6 +176,15 @@ def _check_keys(schema: type, content: Any, source: str, prefix: str) -> None:
             raise ValueError(f"{source}: unknown config key {prefix + str(key)!r} (value {value!r}): {hint}")
         if is_dataclass(hints[key]):
             _check_keys(hints[key], value, source, prefix=f"{prefix}{key}.")
+        elif _is_list(hints[key]) and not (value is None or isinstance(value, list)):
+            raise ValueError(
+                f"{source}: config key {prefix + key!r} is a list, not {value!r}: give {prefix}{key}=[{value}]"
+            )
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether a field of this type holds a list, or a list or null."""
+    return any(get_origin(kind) is list for kind in (hint, *get_args(hint)))
 
 
 def _all_keys(schema: type, prefix: str = "") -> set[str]:

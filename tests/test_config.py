@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 from processes import Applications
 
 import train_dist
+from data_prep.encode import EncodeConfig
 from drwkv import command
 from drwkv.compose import dump, load, read_dumped
 from drwkv.config import SampleConfig, TrainConfig, check_sample, check_train
@@ -64,6 +67,7 @@ def test_a_dumped_config_is_read_back_equal(tmp_path: Path) -> None:
         ("run: {seed: [\n", [], ["config.yaml", "YAML"]),
         ("", ["--verbose"], ["'--verbose'"]),
         ("", ["run.seed"], ["'run.seed'", "key.sub=value"]),
+        ("", ["data.paths=/tmp/x"], ["'data.paths' is a list", "give data.paths=[/tmp/x]"]),
     ],
 )
 def test_a_mistake_is_named_with_key_value_place_and_the_nearest_right_key(
@@ -75,6 +79,25 @@ def test_a_mistake_is_named_with_key_value_place_and_the_nearest_right_key(
     message = str(caught.value)
     assert all(word in message for word in words), message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("schema", [TrainConfig, SampleConfig, EncodeConfig])
+def test_help_tells_every_key_with_type_default_and_meaning(
+    schema: type, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load(schema, ["--help"])
+    said = capsys.readouterr().out
+    assert caught.value.code == 0 and said.startswith("usage: python ")
+    told = [line.strip().partition(":")[0] for line in said.splitlines() if re.match(r"  \w", line)]
+    keys = {name for name, value in vars(schema()).items() if not dataclasses.is_dataclass(value)}
+    assert keys <= set(told) and len(told) == len(set(told))
+    expected = {
+        TrainConfig: "  run.seed: int = 0\n      0 <= seed < 2**32; every random number is a function of it\n",
+        SampleConfig: "  weights: 'ema' | 'model' = \"ema\"\n      which of the two sets of weights\n",
+        EncodeConfig: "  out: str (must be given)\n      the shard set to write: a folder, or s3://bucket/prefix\n",
+    }
+    assert expected[schema] in said
 
 
 def test_a_missing_file_names_the_nearest_one(tmp_path: Path) -> None:

@@ -48,20 +48,25 @@ def definite(listing: Listing, shape: tuple[int, int, int], default_scale: float
     if form not in ("sampled", "moments"):
         raise ValueError(
             f"{listing.spec}: latents of {shape[0]} channels may be samples or moments (form {form!r}); "
-            "say which, 'sampled' or 'moments'"
+            "say which, latents.form=sampled or latents.form=moments"
         )
     if form == "moments":
         if shape[0] % 2:
-            raise ValueError(f"{listing.spec}: {shape[0]} channels cannot be moments, mean and log-variance")
+            raise ValueError(
+                f"{listing.spec}: {shape[0]} channels cannot be moments, mean and log-variance; "
+                "give latents.form=sampled"
+            )
         if said.scale not in (None, 1.0) or said.shift:
-            raise ValueError(f"{listing.spec}: moments are of unscaled latents; give no scale and no shift")
+            raise ValueError(
+                f"{listing.spec}: moments are of unscaled latents; give no latents.scale and no latents.shift"
+            )
         return Numbers(shape, sampled=False, scale=1.0, shift=0.0)
     scale = default_scale if said.scale is None else said.scale
     if scale is None:
         raise ValueError(
             f"{listing.spec}: samples of latents in .npy files were scaled by the one who made them; "
-            "give that scale, 0.18215 for DiT's and SiT's"
+            "give that scale as latents.scale, latents.scale=0.18215 for DiT's and SiT's"
         )
     if not scale > 0:
-        raise ValueError(f"{listing.spec}: the scale of the latents is {scale}, expected more than 0")
+        raise ValueError(f"{listing.spec}: latents.scale is {scale}, give more than 0")
     return Numbers(shape, sampled=True, scale=scale, shift=said.shift)

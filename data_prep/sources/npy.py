@@ -3,6 +3,8 @@
     imagenet256_features/0.npy     (B, C, h, w) or (C, h, w)
     imagenet256_labels/0.npy       (B,)
 
+or in class folders, CLASS/NAME.npy, labelled by these as images are, or in one place without labels.
+
 Those scripts (fast-DiT, U-DiT) draw once from the posterior and multiply by the VAE's scale, 0.18215; a random half
 of the images is mirrored, and nothing says which. Not read: the mean and standard deviation of EDM2 and REPA, which
 have the shape of moments and no log-variance.
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_prep.sources import BadSampleError, Item, Source
+from data_prep.sources.folder import labels_by_folder, split_folder
 from data_prep.sources.labels import numbered
 from data_prep.sources.layouts import Listing
 from data_prep.sources.lazy import Lazy, packed
@@ -27,6 +31,7 @@ from data_prep.unvouched import open_unvouched
 from drwkv.data.manifest import npy_array, read_npy_header
 
 NUM_READERS = 16  # small files read at once
+_FEATURES, _LABELS = (re.compile(rf"(?<![^/_]){word}/") for word in ("features", "labels"))
 
 
 @dataclass(frozen=True)
@@ -81,10 +86,10 @@ def _read_header(root: str, file: str) -> _Header:
 
 
 def open_npy(listing: Listing) -> Source:
-    """Folders *_features/ and *_labels/ of .npy files, paired by name; or .npy files without labels."""
-    listing.pick(set())
-    arrays = [name for name in listing.names if name.endswith(".npy")]
-    features = sorted((name for name in arrays if "_labels/" not in name), key=_numeric_order)
+    """Folders *_features/ and *_labels/ of .npy files, paired by name; class folders; or files without labels."""
+    prefix = split_folder(listing)
+    arrays = [name for name in listing.names if name.startswith(prefix) and name.endswith(".npy")]
+    features = sorted((name for name in arrays if not _LABELS.search(name)), key=_numeric_order)
     if not features:
         raise ValueError(f"{listing.spec}: holds no .npy files of latents")
     shape = _npy_shape(listing, features[0])
@@ -109,7 +114,13 @@ def open_npy(listing: Listing) -> Source:
         file = int(file_of[i])
         return NpyLatents(names[i], listing.storage.path, files[file], i - int(first_of[file]), numbers)
 
-    array, class_names = numbered([x for of_file in labels for x in of_file], names, where=listing.spec)
+    if labelled or any(_FEATURES.search(name) for name in features):
+        array, class_names = numbered([x for of_file in labels for x in of_file], names, where=listing.spec)
+    else:
+        of_files, class_names = labels_by_folder(
+            listing, prefix, (name[len(prefix) :] for name in features), ".npy files"
+        )
+        array = of_files[file_of]
     return Source(Lazy(len(names), make), names, array, class_names, kind="moments")
 
 
@@ -136,7 +147,7 @@ def _npy_rows(listing: Listing, name: str) -> Sequence[int | None]:
 
 def _npy_labels(listing: Listing, name: str) -> Sequence[int | None]:
     """The labels that lie beside a file of features."""
-    file = name.replace("_features/", "_labels/")
+    file = _FEATURES.sub("labels/", name)
     try:
         found = npy_array(listing.storage.read(file))
     except FileNotFoundError:

@@ -53,7 +53,7 @@ def open_safetensors(listing: Listing) -> Source:
         if sorted(header) != keys or "latents" not in header:
             where = listing.storage.where(shard)
             raise ValueError(
-                f"{where}: holds {sorted(header)}, expected {keys if 'latents' in keys else 'latents'}"
+                f"{where}: holds {_few(sorted(header))}, expected {_few(keys) if 'latents' in keys else 'latents'}"
             )
     arrays = [key for key in ("latents", "latents_flip") if key in keys]
     first = headers[0]["latents"]["shape"]
@@ -85,6 +85,11 @@ def open_safetensors(listing: Listing) -> Source:
     return Source(
         Lazy(len(names), make), names, array, class_names, kind="moments", has_flip=len(arrays) == 2
     )
+
+
+def _few(keys: Sequence[str]) -> str:
+    """For a message: a file of weights has hundreds of tensors."""
+    return f"{keys[:3]}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def _safetensors_header(listing: Listing, name: str) -> dict[str, dict[str, Any]]:

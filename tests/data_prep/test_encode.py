@@ -220,7 +220,7 @@ def test_batch_and_padding_do_not_touch_each_other(few, vae, tmp_path):
     left, _ = ShardSet.open(tmp_path / "skipped").read(np.arange(49))
     np.testing.assert_array_equal(whole, left)
     manifest = read_manifest(tmp_path / "skipped")
-    assert list(manifest.skipped) == [names[7]] and "no image" in manifest.skipped[names[7]]
+    assert list(manifest.skipped) == [names[7]] and manifest.skipped[names[7]].startswith("is no image")
     assert (tmp_path / "skipped/index/sources.txt").read_text().splitlines() == names[:7] + names[8:]
     assert encode(config(broken, vae, tmp_path / "skipped", samples_per_shard=50, on_bad="skip")).endswith(
         "already"
@@ -268,6 +268,7 @@ def test_moments_that_are_not_finite_are_refused_by_name(few, vae, tmp_path, mon
         (["btach=8"], "'btach'.*batch"),
         (["source=nowhere"], "nowhere"),
         (["out=gs://bucket/set"], "only folders and s3://"),
+        (["out=/proc/version/set", "vae=nowhere"], "/proc/version is a file"),
         (["limit=0"], "'limit' is 0"),
         (["device=gpu"], "'device' is 'gpu': give cpu, cuda or cuda:N"),
         (["device=cuda:9"], "'device' is 'cuda:9', but there are . GPUs"),
@@ -279,6 +280,19 @@ def test_wrong_settings_are_one_line_and_nothing_is_written(few, vae, tmp_path, 
         encode_module.main(given + options)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "set").exists()
+
+
+def test_ctrl_c_is_one_line_and_code_130_and_the_same_command_goes_on(tree, few, vae, tmp_path, applications):
+    command = arguments(tree, vae, tmp_path / "set", workers=4, samples_per_shard=20)
+    worker = applications.start(*command)
+    while not list((tmp_path / "set").glob("*.tar")):
+        assert worker.running(), worker.log.read_text()
+        time.sleep(0.05)
+    for process in [worker.processes[0].pid, *descendants(worker.processes[0].pid)]:  # as a terminal does
+        os.kill(process, signal.SIGINT)
+    ended = worker.wait(60)
+    assert ended.codes == [130] and ended.lines[-1] == "interrupted; the same command again goes on"
+    assert not any(word in ended.output for word in ("Traceback", "Warning", "DataLoader")), ended.output
 
 
 def test_a_source_that_cannot_be_read_is_one_line_from_a_decoding_process_too(
@@ -359,7 +373,7 @@ def test_a_set_on_s3_is_the_same_bytes_though_requests_fail_and_workers_are_kill
     undisturbed, tree, vae, s3, faulty_s3, use_s3, applications
 ):
     server, proxy = faulty_s3
-    proxy.faults = (Fault(rate=0.1),)
+    proxy.faults = (*(Fault(0.2, (kind,), at_most=2) for kind in Kind), Fault(rate=0.1))
     use_s3(server)
     bucket, chance = s3.bucket(), random.Random(0)
     command = arguments(tree, vae, f"s3://{bucket}/sets/tree", workers=0)

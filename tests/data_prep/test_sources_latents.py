@@ -59,11 +59,15 @@ def test_moments_are_repacked_as_they_are_and_files_may_hold_batches(tmp_path):
 
 def test_what_the_numbers_are_is_asked_where_the_files_do_not_say(tmp_path):
     write_dit(tmp_path / "four", [normal(1, 4, 4, 4)])
-    assert_refused(tmp_path / "four", "give that scale, 0.18215 for DiT's and SiT's")
-    assert_refused(tmp_path / "four", "the scale of the latents is 0.0", latents=StoredLatents(scale=0.0))
+    assert_refused(tmp_path / "four", "give that scale as latents.scale, latents.scale=0.18215 for")
+    assert_refused(
+        tmp_path / "four", "latents.scale is 0.0, give more than 0", latents=StoredLatents(scale=0.0)
+    )
     assert_refused(tmp_path / "four#train", "holds no train split", latents=StoredLatents(scale=1.0))
     write_dit(tmp_path / "many", [normal(1, 32, 4, 4)])
-    assert_refused(tmp_path / "many", "32 channels may be samples or moments")
+    assert_refused(
+        tmp_path / "many", "32 channels may be samples or moments (form 'auto'); say which, latents.form="
+    )
     assert_refused(
         tmp_path / "many", "moments are of unscaled latents", latents=StoredLatents(form="moments", scale=0.3)
     )
@@ -75,6 +79,23 @@ def test_what_the_numbers_are_is_asked_where_the_files_do_not_say(tmp_path):
     )
     write_dit(tmp_path / "flat", [normal(4, 4)])
     assert_refused(tmp_path / "flat", "has shape (4, 4), expected (B, C, h, w) or (C, h, w)")
+
+
+@pytest.mark.parametrize("top", ["", "train/"])
+def test_class_folders_of_latents_are_labels_as_those_of_images_are(tmp_path, top):
+    for name, seed in (("b/0", 0), ("a/10", 1), ("a/2", 2)):
+        (tmp_path / top / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / top / f"{name}.npy", normal(2, 8, 4, 4, seed=seed))
+    source = open_source(str(tmp_path))
+    assert [name.removeprefix(top) for name in source.names] == [
+        f"{name}.npy#{row}" for name in ("a/2", "a/10", "b/0") for row in (0, 1)
+    ]
+    assert source.labels.tolist() == [0, 0, 0, 0, 1, 1] and source.class_names == ["a", "b"]
+    np.testing.assert_array_equal(
+        source.items[3].load_latents(), normal(2, 8, 4, 4, seed=1)[1].astype(np.float16)
+    )
+    np.save(tmp_path / top / "0.npy", normal(2, 8, 4, 4))
+    assert_refused(tmp_path, "holds .npy files beside folders of .npy files")
 
 
 def test_bad_files_of_latents_are_named(tmp_path):
@@ -161,6 +182,9 @@ def test_shards_that_are_broken_or_do_not_fit_are_refused(tmp_path):
         tmp_path,
         "shard001.safetensors: holds ['labels', 'latents'], expected ['labels', 'latents', 'latents_flip']",
     )
+    save_file({f"layers.{i}.weight": torch.zeros(1) for i in range(300)}, tmp_path / "model.safetensors")
+    assert_refused(tmp_path / "model.safetensors", "'layers.10.weight'] and 297 more, expected latents")
+    (tmp_path / "model.safetensors").unlink()
     both = torch.zeros(2, 4, 4, 5)
     save_file(
         {"latents": both, "latents_flip": both.clone(), "labels": torch.zeros(2, dtype=torch.int64)}, shard

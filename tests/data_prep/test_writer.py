@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -233,6 +234,8 @@ def test_a_folder_of_another_set_or_of_other_files_is_refused(reference, tmp_pat
     (tmp_path / "home/thesis.tex").write_text("")
     with pytest.raises(ValueError, match="not empty and no shard set .holds 'thesis.tex'"):
         writer_for(tmp_path / "home")
+    with pytest.raises(ValueError, match="/proc/version is a file, but the shard set needs a folder"):
+        writer_for(Path("/proc/version/set"))
     with pytest.raises(ValueError, match="6 of 6 shards are not written yet"):
         writer_for(begun).commit()
     with pytest.raises(ValueError, match="a file, but the shard set needs a folder"):
@@ -291,3 +294,51 @@ def test_the_same_call_restores_a_shard_that_was_deleted_and_refuses_other_value
     assert not (out / "shard-000002.tar").exists()
     writer.write_arrays(ARRAYS)
     assert tree_hashes(out) == tree_hashes(reference)
+
+
+def test_the_same_call_restores_a_shard_that_was_cut(reference, tmp_path, caplog):
+    out = tmp_path / "set"
+    writer_for(out).write_arrays(ARRAYS)
+    tar = out / "shard-000002.tar"
+    tar.write_bytes(tar.read_bytes()[:5000])
+    writer = writer_for(out)
+    assert writer.missing() == [2] and not writer.is_finished(2)
+    assert "shard-000002.tar: 5000 bytes, but the index says" in caplog.text
+    other = {name: array + np.float16(1) for name, array in ARRAYS.items()}
+    with pytest.raises(ValueError, match="shard-000002.tar: written anew it has other values"):
+        writer.write_arrays(other)
+    assert tar.stat().st_size == 5000
+    writer.write_arrays(ARRAYS)
+    assert writer.missing() == [] and tree_hashes(out) == tree_hashes(reference)
+
+
+@pytest.mark.parametrize("name", ["index/samples.npy", "index/shards.json", "index/sources.txt"])
+def test_a_committed_set_with_a_lost_or_damaged_index_is_refused_until_it_is_deleted(
+    name, reference, tmp_path
+):
+    out = tmp_path / "set"
+    writer_for(out).write_arrays(ARRAYS)
+    for damage in (lambda: (out / name).write_bytes((out / name).read_bytes()[:100]), (out / name).unlink):
+        damage()
+        with pytest.raises(ValueError, match=f"{name}.*restore it, or delete the set and run the command"):
+            writer_for(out)
+    shutil.rmtree(out)
+    writer_for(out).write_arrays(ARRAYS)
+    assert tree_hashes(out) == tree_hashes(reference)
+
+
+def test_a_set_without_its_manifest_or_with_a_broken_one_says_what_to_do(reference, tmp_path):
+    out = tmp_path / "set"
+    writer_for(out).write_arrays(ARRAYS)
+    manifest = (out / "manifest.json").read_bytes()
+    for broken in (manifest[:100], b"\xff" + manifest):
+        (out / "manifest.json").write_bytes(broken)
+        with pytest.raises(
+            ValueError, match="manifest.json: not valid JSON.*restore that file, or delete all"
+        ):
+            writer_for(out)
+    (out / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="'index/samples.npy' as a shard set does.*restore that from a copy"):
+        writer_for(out)
+    (out / "manifest.json").write_bytes(manifest)
+    assert writer_for(out).missing() == [] and tree_hashes(out) == tree_hashes(reference)
