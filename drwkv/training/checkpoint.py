@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
@@ -34,6 +35,8 @@ from drwkv.training.monitor import every
 log = logging.getLogger("drwkv")
 MARK = "COMPLETE"
 SCALARS = "state.json"
+DAMAGED = "damaged_"  # begin of the name of a checkpoint that is kept to be looked at
+READ_BYTES = 16 << 20
 
 
 @dataclass
@@ -98,7 +101,7 @@ class Checkpoints:
             for leftover in [p for p in folder.glob("step_*") if not _is_whole(p)]:
                 if (leftover / MARK).exists():
                     log.warning("checkpoint %s is damaged: set aside as damaged_%s", leftover, leftover.name)
-                    os.replace(leftover, leftover.with_name(f"damaged_{time.time_ns()}_{leftover.name}"))
+                    _set_aside(leftover)
                 else:
                     log.warning("checkpoint %s was never finished: removed", leftover)
                     shutil.rmtree(leftover)
@@ -139,10 +142,47 @@ class Checkpoints:
             self._world.barrier()
 
     def newest(self, at_most_n: int | None = None) -> Path | None:
-        """The newest whole checkpoint (from at most sample `at_most_n`), as rank 0 sees the folder. Collective."""
+        """The newest whole checkpoint (from at most sample `at_most_n`) whose bytes are those saved. Collective.
+
+        One that is damaged is set aside, and the one before is taken. Raises ValueError where none is left of them.
+        """
+        while (found := self._newest_marked(at_most_n)) is not None:
+            said = self._world.gather(self._damage(found))
+            problems = [problem for of_rank in said for problem in of_rank]
+            if not problems:
+                return found
+            if self._world.is_first:
+                log.error("checkpoint %s is damaged: %s; the one before is taken", found, problems[0])
+                _set_aside(found)
+            self._world.barrier()
+        damaged = sorted(self.folder.glob(f"{DAMAGED}*")) if self._world.is_first else []
+        name = self._world.from_first(damaged[-1].name if damaged else None)
+        if name is not None and at_most_n is None:
+            raise ValueError(
+                f"{self.folder}: {name} is damaged and there is no whole checkpoint before it: "
+                "restore one from a copy, or delete it to begin anew"
+            )
+        return None
+
+    def _newest_marked(self, at_most_n: int | None) -> Path | None:
+        """As rank 0 sees the folder, by marks and sizes alone."""
         found = whole_checkpoints(self.folder) if self._world.is_first else []
         kept = [c for c in found if at_most_n is None or read_scalars(c)["n"] <= at_most_n]
         return self._world.from_first(kept[-1] if kept else None)
+
+    def _damage(self, checkpoint: Path) -> list[str]:
+        """What is wrong with this rank's share of a checkpoint's files, by their checksums."""
+        try:
+            checksums = json.loads((checkpoint / MARK).read_text()).get("crc32c", {})
+            mine = sorted(checksums)[self._world.rank :: self._world.size]
+            found = {name: _crc32c(checkpoint / name) for name in mine}
+        except OSError as error:
+            return [str(error)]
+        return [
+            f"{name} has crc32c {crc}, saved was {checksums[name]}"
+            for name, crc in found.items()
+            if crc != checksums[name]
+        ]
 
     def discard_after(self, step: int) -> None:
         """Remove the checkpoints of later steps: they belong to a history that the run has left. Collective."""
@@ -196,8 +236,11 @@ class Checkpoints:
             sync(temporary / SCALARS)
             os.rename(temporary, final)
             sizes = {p.name: p.stat().st_size for p in sorted(final.iterdir())}
+            checksums = {name: _crc32c(final / name) for name in sizes}
             mark = final / f"{MARK}.tmp"
-            mark.write_text(json.dumps({"files": sizes, "saved_at": time.time()}, indent=1))
+            mark.write_text(
+                json.dumps({"files": sizes, "crc32c": checksums, "saved_at": time.time()}, indent=1)
+            )
             sync(mark)
             os.rename(mark, final / MARK)
             sync(final)
@@ -220,6 +263,19 @@ class Checkpoints:
                 _remove(checkpoint)
             except OSError as error:  # the new checkpoint is whole all the same
                 log.warning("checkpoint %s could not be removed: %s", checkpoint, error)
+
+
+def _set_aside(checkpoint: Path) -> None:
+    os.replace(checkpoint, checkpoint.with_name(f"{DAMAGED}{time.time_ns()}_{checkpoint.name}"))
+
+
+def _crc32c(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    checksum = google_crc32c.Checksum()
+    with path.open("rb") as file:
+        while data := file.read(READ_BYTES):
+            checksum.update(data)
+    return checksum.digest().hex()
 
 
 def _remove(checkpoint: Path) -> None:

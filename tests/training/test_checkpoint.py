@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,6 +109,39 @@ def test_latest_passes_over_a_checkpoint_that_is_not_whole(tmp_path: Path, world
     assert not newest.exists()
     set_aside = list(tmp_path.glob("damaged_*_step_00000002"))
     assert len(set_aside) == (0 if harm == "no mark" else 1)
+
+
+def flip_byte(checkpoint: Path) -> Path:
+    """One byte of the values of a checkpoint, whose sizes stay; returns the file."""
+    data = next(checkpoint.glob("*.safetensors"))
+    content = bytearray(data.read_bytes())
+    content[-3] ^= 16
+    data.write_bytes(content)
+    return data
+
+
+def test_a_flipped_byte_in_the_newest_is_told_and_the_one_before_is_taken(
+    tmp_path: Path, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = save_steps(tmp_path, world, CheckpointConfig(), [1, 2])
+    harmed = flip_byte(tmp_path / "step_00000002")
+    assert checkpoints.newest() == tmp_path / "step_00000001"
+    assert f"step_00000002 is damaged: {harmed.name} has crc32c" in caplog.text
+    assert len(list(tmp_path.glob("damaged_*_step_00000002"))) == 1
+
+
+def test_damaged_checkpoints_alone_do_not_let_a_run_begin_anew(tmp_path: Path, world: World) -> None:
+    checkpoints = save_steps(tmp_path, world, CheckpointConfig(), [1, 2])
+    for step in (1, 2):
+        flip_byte(tmp_path / f"step_{step:08d}")
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"damaged_.* is damaged and there is no whole checkpoint before"
+        ):
+            checkpoints.newest()
+    for damaged in tmp_path.glob("damaged_*"):
+        shutil.rmtree(damaged)
+    assert checkpoints.newest() is None
 
 
 def test_a_save_that_cannot_be_read_back_is_never_marked(

@@ -116,6 +116,7 @@ def test_resume_continues_bit_for_bit(run: Run, tmp_path: Path, overrides: tuple
     assert audit(unbroken) == audit(tmp_path)
 
 
+@pytest.mark.proof
 def test_resume_on_another_world_size_and_engine_continues_the_run(run: Run, tmp_path: Path) -> None:
     run(world_size=2, folder=tmp_path, steps=20)
     run("parallel.engine=ddp", world_size=1, folder=tmp_path, steps=35)
