@@ -22,14 +22,15 @@ from drwkv.data.loader import Batch, Data, open_data
 from drwkv.diffusion.gaussian import GaussianProcess
 from drwkv.models.config import from_config
 from drwkv.parallel import World, session, wrap
-from drwkv.training import optimizer, run_folder
+from drwkv.training import optimizer, preflight, run_folder
 from drwkv.training.checkpoint import Checkpoints
 from drwkv.training.ema import Ema, decay_at
-from drwkv.training.health import Health, Signals
+from drwkv.training.health import Health
 from drwkv.training.monitor import Audit, Monitor, StepRecord, every, logging_to
 from drwkv.training.objective import Objective, check_variance
 from drwkv.training.preview import Preview
 from drwkv.training.state import TrainState, go_back, resume
+from drwkv.training.supervision import supervised
 
 log = logging.getLogger("drwkv")
 
@@ -50,13 +51,19 @@ def train(config: TrainConfig) -> None:
     check_variance(model, process)
     with session(timeout_sec=parallel.timeout_sec, cpu_threads=parallel.cpu_threads) as world:
         check_ranks(config, world.size)
-        with logging_to(folder, world), Signals() as signals, contextlib.ExitStack() as at_end:
-            _train(config, model, process, data, folder, world, signals, at_end)
+        preflight.check_alike(config, world)
+        preflight.check_folder(folder, world)
+        with (
+            logging_to(folder, world),
+            supervised(config.health, folder, world, timeout_sec=parallel.timeout_sec) as health,
+            contextlib.ExitStack() as at_end,
+        ):
+            _train(config, model, process, data, folder, world, health, at_end)
 
 
 def _train(
     config: TrainConfig, model: nn.Module, process: GaussianProcess, data: Data, folder: Path, world: World,
-    signals: Signals, at_end: contextlib.ExitStack,
+    health: Health, at_end: contextlib.ExitStack,
 ) -> None:  # fmt: skip
     run, batch_size = config.run, config.run.batch_size
 
@@ -73,9 +80,11 @@ def _train(
     resume(state, checkpoints)
     if state.step >= run.total_steps:
         log.info("run %s is finished: %d of %d steps are done", folder, state.step, run.total_steps)
+        health.end("finished")
         return
+    preflight.check_room(folder, state.tensors(), world)
+    preflight.time_all_reduce(world)
     run_folder.begin(folder, config, data.manifest, world, step=state.step)
-    health = Health(config.health, world, signals)
     audit = Audit(folder / "audit", world, enabled=run.audit, step=state.step)
     monitor = Monitor(
         folder, config.monitor, world, total_steps=run.total_steps, step=state.step,
@@ -88,15 +97,18 @@ def _train(
     at_end.callback(lambda: stream.close())  # whatever ends the run: its threads may wait for data
 
     # Train.
-    stop_signal: str | None = None
+    stop_reason: str | None = None
     while state.step < run.total_steps:
         # Fetch, and hear from all ranks whether to go on.
+        health.at(state.step, "waiting for data")
         micro_batches = health.guard(stream.__next__)
         health.note_error(checkpoints.failure())
-        if stop_signal := health.agree():
+        health.at(state.step, "hearing from all ranks")
+        if stop_reason := health.agree():
             break
 
         # Take the step and hear what became of the one before, or pass over what is skipped.
+        health.at(state.step, "training")
         if state.leaves_out(batch_size):
             monitor.left_out(state.step - 1, state.n - batch_size, batch_size)
         else:
@@ -106,6 +118,7 @@ def _train(
 
         # Go back over steps that were not finite.
         if (bad_n := health.must_go_back()) is not None:
+            health.at(state.step, "going back")
             monitor.flush()
             go_back(state, checkpoints, bad_n)
             health.gone_back()
@@ -117,20 +130,24 @@ def _train(
 
         # Save and show.
         if checkpoints.due(state.step):
+            health.at(state.step, "saving")
             monitor.flush()
             if not health.in_bad_row:
                 checkpoints.save(state.step, state.tensors(), state.scalars(), wait=False)
         if every(state.step, config.monitor.grid_every_steps):
+            health.at(state.step, "drawing a grid")
             monitor.grid(state.step, preview.draw(engine, ema))
             monitor.restart_clock()
 
-    # Save the end, or what a signal has ended.
+    # Save the end, or what a signal or the time has ended.
+    health.at(state.step, "saving")
     stream.close()
     monitor.close()
     audit.close()
     checkpoints.save(state.step, state.tensors(), state.scalars(), wait=True)
-    if stop_signal:
-        run_folder.ask_requeue(folder, world, reason=stop_signal, step=state.step)
+    if stop_reason:
+        run_folder.ask_requeue(folder, world, reason=stop_reason, step=state.step)
+    health.end("requeue" if stop_reason else "finished", stop_reason)
 
 
 def _step(

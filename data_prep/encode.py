@@ -4,7 +4,7 @@
 
 The same under torchrun, as a SLURM array, or typed into several shells: each process claims shards, does them, and
 ends when the set is whole; the same command again does what is missing. Every key of EncodeConfig can be given, or
-stand in a YAML named by `--config`. What is made is drwkv.data.manifest's; sources, decoding, VAE, leases and writing
+stand in a YAML named by `--config`. What is made is drwkv.data.manifest's; sources, decoding, VAE and writing
 are the modules beside this one.
 """
 
@@ -39,13 +39,13 @@ from data_prep.encoder import (
     VaeEncoder,
     make_deterministic,
 )
-from data_prep.leases import Leases, wait_sec
 from data_prep.sources import BadSampleError, Source, StoredLatents, open_source
 from data_prep.writer import CLAIMS, ShardSetWriter, Skipped, check_place
 from drwkv import command
 from drwkv.compose import load
 from drwkv.cpu import keep_freed_memory
 from drwkv.data.manifest import Manifest
+from drwkv.leases import Leases, wait_sec
 from drwkv.storage import StorageError
 
 log = logging.getLogger("drwkv")

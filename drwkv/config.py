@@ -23,6 +23,7 @@ from drwkv.training.ema import EmaConfig
 from drwkv.training.health import HealthConfig
 from drwkv.training.monitor import MonitorConfig
 from drwkv.training.optimizer import OptimizerConfig
+from drwkv.training.watch import stall_sec
 
 
 @dataclass
@@ -104,17 +105,10 @@ def check_train(config: TrainConfig) -> None:
     require(
         all(0.0 <= beta < 1.0 for beta in betas), "optimizer.beta1, beta2", betas, "give decays in [0, 1)"
     )
-    row = config.health.max_nonfinite_in_row
-    require(row >= 1, "health.max_nonfinite_in_row", row, "give 1 or more")
+    _check_health(config)
     for key in ("every_steps", "keep_last", "keep_every_steps"):
         value = getattr(config.checkpoint, key)
         require(value >= (key == "keep_last"), f"checkpoint.{key}", value, "give a positive number")
-    if any(map(is_remote, config.data.paths)):
-        patience = config.data.timeout_sec
-        advice = (
-            f"give less than parallel.timeout_sec={config.parallel.timeout_sec}, or other ranks give up first"
-        )
-        require(0 < patience < config.parallel.timeout_sec, "data.timeout_sec", patience, advice)
     _check_grids(config)
     starts = [stage.from_step for stage in config.optimizer.stages]
     require(starts == sorted(set(starts)), "optimizer.stages", starts, "list them by rising from_step")
@@ -140,6 +134,31 @@ def _check_parallel(parallel: ParallelConfig) -> None:
     require(fits, "parallel.precision", parallel.precision, advice)
     advice = "the hooks of engine zero3 are in the blocks and would break every graph: give fsdp, or zero2"
     require(can_compile or not parallel.compile, "parallel.compile", parallel.compile, advice)
+
+
+def _check_health(config: TrainConfig) -> None:
+    health, timeout_sec = config.health, config.parallel.timeout_sec
+    row = health.max_nonfinite_in_row
+    require(row >= 1, "health.max_nonfinite_in_row", row, "give 1 or more")
+    for key in ("max_rollbacks", "spike_deviations", "max_spikes_in_row", "grace_sec"):
+        value = getattr(health, key)
+        require(value >= 0, f"health.{key}", value, "give 0 or more")
+    for key in ("heartbeat_sec", "lock_sec"):
+        value = getattr(health, key)
+        require(value > 0, f"health.{key}", value, "give a time above 0")
+    require(
+        health.max_hours is None or health.max_hours > 0,
+        "health.max_hours",
+        health.max_hours,
+        "give a time above 0",
+    )
+    limit = stall_sec(health, timeout_sec)
+    advice = f"give less than parallel.timeout_sec={timeout_sec}, at which collectives give up, or 0"
+    require(0 <= limit < timeout_sec, "health.stall_sec", limit, advice)
+    if any(map(is_remote, config.data.paths)):
+        patience = config.data.timeout_sec
+        advice = f"give less than {limit or timeout_sec} s, when other ranks give up (health.stall_sec)"
+        require(0 < patience < (limit or timeout_sec), "data.timeout_sec", patience, advice)
 
 
 def _check_grids(config: TrainConfig) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from drwkv.cpu import keep_freed_memory
 
@@ -28,6 +29,7 @@ class World:
     local_rank: int
     device: torch.device
     background: dist.ProcessGroup  # gloo; collectives of the thread that saves, apart from those of the loop
+    board: dist.Store  # small texts by key that every rank reads, over a connection of its own
 
     @property
     def is_first(self) -> bool:
@@ -80,13 +82,15 @@ def session(*, timeout_sec: float = 600.0, cpu_threads: int | None = None) -> It
         device, backend = torch.device("cpu"), "gloo"
         keep_freed_memory()
     timeout = datetime.timedelta(seconds=timeout_sec)
+    store: Any
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
     else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        store, rank, size = dist.HashStore(), 0, 1
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     background = dist.new_group(backend="gloo", timeout=timeout)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), local_rank, device, background)
+        yield World(rank, size, local_rank, device, background, store.clone())
     finally:
         # A device mesh that outlives its process group aborts the process at exit: drop what is unreachable first.
         del background

@@ -64,7 +64,7 @@ class Monitor:
 
     def __init__(
         self, folder: Path, config: MonitorConfig, world: World, *, total_steps: int, step: int,
-        on_record: Sequence[Callable[[StepRecord, bool], None]],
+        on_record: Sequence[Callable[[StepRecord, float, bool], None]],
     ) -> None:  # fmt: skip
         self._folder, self._config, self._world, self._on_record = folder, config, world, on_record
         self._total_steps = total_steps
@@ -111,7 +111,7 @@ class Monitor:
         (record, seconds), self._pending = self._pending, None
         loss, norm, found_inf = torch.stack([record.loss, record.grad_norm, record.found_inf]).tolist()
         for listener in self._on_record:
-            listener(record, bool(found_inf))
+            listener(record, loss, bool(found_inf))
         if self._metrics is None or self._bar is None:
             return
         numbers = {

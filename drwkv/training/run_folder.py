@@ -5,6 +5,7 @@ Checkpoints are in checkpoint.py, numbers and pictures in monitor.py.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import platform
@@ -25,7 +26,7 @@ log = logging.getLogger("drwkv")
 REQUEUE = "requeue"
 CONFIG = "config.yaml"
 DATA = "data.json"
-PACKAGES = ("torch", "numpy", "diffusers", "safetensors", "webdataset", "triton")
+PACKAGES = ("torch", "numpy", "deepspeed", "diffusers", "safetensors", "webdataset", "triton")
 
 
 def begin(folder: Path, config: Any, manifest: Manifest, world: World, *, step: int) -> None:
@@ -42,11 +43,16 @@ def begin(folder: Path, config: Any, manifest: Manifest, world: World, *, step: 
         "device": str(world.device),
         "commit": commit(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": versions(),
     }
     with (folder / "starts.jsonl").open("a") as file:
         file.write(json.dumps(start) + "\n")
     log.info("run %s: from step %d on %d processes (%s)", folder, step, world.size, world.device.type)
+
+
+def versions() -> dict[str, str | None]:
+    """Version of each package whose numbers a run depends on; None where it is not installed."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def _version(package: str) -> str | None:
@@ -65,6 +71,7 @@ def ask_requeue(folder: Path, world: World, *, reason: str, step: int) -> None:
         log.info("run %s: stopped by %s after step %d; the same command continues it", folder, reason, step)
 
 
+@functools.cache
 def commit() -> str | None:
     """The commit of the checkout that this code runs from, with `+changes` if it differs; None outside a checkout."""
     here = Path(__file__).parent

@@ -72,7 +72,7 @@ class TrainState:
         self.engine.updates = int(scalars["updates"])
         self.engine.refresh()
 
-    def note(self, record: StepRecord, skipped: bool) -> None:
+    def note(self, record: StepRecord, loss: float, skipped: bool) -> None:
         """List the batch of a step that the device left out."""
         if skipped:
             self.list_skipped(record.n, record.n + record.num_samples)

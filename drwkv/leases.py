@@ -1,4 +1,4 @@
-"""Who works on which unit: advisory leases with a heartbeat, by files in the shard set's own storage.
+"""Who works on which unit: advisory leases with a heartbeat, by files in the storage that the work goes to.
 
 A lease is a small file that one worker makes, if it is not there (a hard link in a folder, a conditional PUT on S3),
 and writes anew while it works. Nobody compares clocks: a lease is given up for dead when a watcher has seen it
@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from drwkv.storage import Storage, StorageError
 
@@ -38,12 +39,14 @@ class Leases:
                 leases.release("shard-000003")
     """
 
-    def __init__(self, storage: Storage, folder: str, *, lease_sec: float) -> None:
+    def __init__(
+        self, storage: Storage, folder: str, *, lease_sec: float, about: dict[str, Any] | None = None
+    ) -> None:
         if lease_sec <= 0:
             raise ValueError(f"lease_sec is {lease_sec}, give a time above 0")
         self._storage, self._folder, self._lease_sec = storage, folder, lease_sec
         self._owner = {"machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
-        self._owner |= {"host": socket.gethostname(), "worker": secrets.token_hex(8)}
+        self._owner |= {"host": socket.gethostname(), "worker": secrets.token_hex(8), **(about or {})}
         self._held: dict[str, int] = {}  # unit -> beats
         self._seen: dict[str, tuple[bytes, float]] = {}  # unit -> (its lease, when first seen so)
         self._lock, self._over = threading.Lock(), threading.Event()
@@ -82,10 +85,22 @@ class Leases:
         self._progress = time.monotonic()
 
     def release(self, unit: str) -> None:
-        """Give the unit back, done or not."""
+        """Give the unit back, done or not; nothing happens if it is not this worker's any more."""
         with self._lock:
-            self._held.pop(unit, None)
+            if self._held.pop(unit, None) is None:
+                return
         self._storage.remove(self._name(unit))
+
+    def holds(self, unit: str) -> bool:
+        """Whether the unit is still this worker's, as far as the last beat has seen."""
+        return unit in self._held
+
+    def holder(self, unit: str) -> dict[str, Any]:
+        """What the lease says of its worker: host, pid and what that one said `about` itself; {} if it is not there."""
+        try:
+            return dict(json.loads(self._storage.read(self._name(unit))))
+        except (FileNotFoundError, ValueError, TypeError):
+            return {}
 
     def _is_dead(self, unit: str) -> bool:
         try:
@@ -108,9 +123,13 @@ class Leases:
                 with self._lock:
                     if unit not in self._held:
                         continue
-                    self._held[unit] += 1
                     # One lost beat is no harm, and a store that is gone is the main thread's to report.
                     with contextlib.suppress(StorageError, OSError):
+                        if self.holder(unit).get("worker", self._owner["worker"]) != self._owner["worker"]:
+                            log.warning("%s was taken over by another worker", self._name(unit))
+                            del self._held[unit]
+                            continue
+                        self._held[unit] += 1
                         self._storage.write(self._name(unit), self._text(self._held[unit]))
 
     def _name(self, unit: str) -> str:

@@ -14,12 +14,12 @@ import pytest
 from processes import ROOT
 from s3_server import NEEDS_S3
 
-from data_prep.leases import Leases
+from drwkv.leases import Leases
 from drwkv.storage import Storage, open_storage
 
 HOLD = """
 import sys, time
-from data_prep.leases import Leases
+from drwkv.leases import Leases
 from drwkv.storage import open_storage
 with Leases(open_storage(sys.argv[1]), "claims", lease_sec=60) as leases:
     print(leases.claim("unit"), flush=True)
