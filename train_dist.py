@@ -73,6 +73,7 @@ def _train(
         process, model, data.manifest, seed=run.seed, label_drop=run.label_drop, device=world.device
     )
     preview = Preview(process, config.monitor, config.model, seed=run.seed, world=world)
+    preflight.check_offload(config.parallel, sum(p.numel() for p in model.parameters()), world)
     engine = wrap(model, partial(optimizer.build, config=config.optimizer), config.parallel, world)
     ema = Ema(engine)
     state = TrainState(engine, ema, identity(config, data.identity()))

@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 
-from drwkv.parallel.distributed import World
+from drwkv.parallel import ParallelConfig, World
 from drwkv.training.run_folder import commit, versions
 
 log = logging.getLogger("drwkv")
 SAVES = 2  # checkpoints that must fit on the disk: one is removed when the next one is whole
 REDUCED_BYTES = 16 << 20
 ROUNDS = 3
+# Bytes of a parameter in the CPU's memory: float32 weight, two moments and average; with `all` its gradient too.
+ON_HOST = {"optimizer": 16, "all": 20}
 
 
 def check_alike(config: Any, world: World) -> None:
@@ -53,7 +55,8 @@ def check_folder(folder: Path, world: World) -> None:
         unseen = [rank for rank in range(world.size) if not (folder / f".preflight_{rank:05d}").exists()]
         problems = [f"rank 0 does not see what rank {rank} writes there" for rank in unseen[:1]]
     problems = world.from_first(problems)
-    own.unlink(missing_ok=True)
+    if problem is None:
+        own.unlink()
     if problems:
         raise ValueError(
             f"run.folder {folder}: {problems[0]}; give a folder that all nodes share and may write to"
@@ -71,8 +74,12 @@ def check_room(folder: Path, tensors: Mapping[str, torch.Tensor], world: World) 
         )
 
 
-def check_host_memory(num_bytes: int, world: World) -> None:
-    """ValueError unless what `parallel.offload` puts into this node's memory, `num_bytes` a rank, fits. Collective."""
+def check_offload(config: ParallelConfig, num_params: int, world: World) -> None:
+    """ValueError unless what `parallel.offload` puts into this node's memory fits: a rank's share. Collective."""
+    if config.offload == "none":
+        return
+    per_param = ON_HOST[config.offload]
+    num_bytes = per_param * num_params * config.replicas // world.size
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free = _available_memory()
     lacks = free is not None and num_bytes * ranks_here > free

@@ -1,14 +1,15 @@
 """Who stands where: a thread on each rank that says what this rank is doing, and ends a run that stands still.
 
-Each rank puts its place (step, phase, moves so far) on the ranks' board a few times a minute. A rank that makes no
-move for `health.stall_sec`, or leaves with an error, says so on the board, once for all; the threads of the others see
-it, write down where their own code stands, and end their process where a collective would wait for ever. What the
+Each rank puts its place (step, phase, collectives so far) on the ranks' board a few times a minute. A rank that makes
+no move for `health.stall_sec`, or leaves with an error, says so on the board, once for all; the threads of the others
+see it, write down where their own code stands, and end their process where a collective would wait for ever. What the
 loop decides together, step by step, is health.py's. Rank 0 writes what it sees to `status.json`, for people and
 schedulers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import logging
@@ -48,6 +49,7 @@ class Place:
     moves: int  # counts every change of step or phase; all ranks make the same ones
     step: int
     phase: str
+    collectives: int  # begun so far, over all process groups
     beat: int  # signs of life so far
     host: str
     pid: int
@@ -67,16 +69,17 @@ class Watch:
         self._folder, self._world, self._beat_sec = folder, world, config.heartbeat_sec
         self._stall_sec = stall_sec(config, timeout_sec)
         self._board = dist.PrefixStore(f"watch/{world.from_first(secrets.token_hex(4))}", world.board)
-        self._place = Place(0, 0, "setting up", 0, socket.gethostname(), os.getpid())
-        self._moved = time.monotonic()
+        self._place = Place(0, 0, "setting up", 0, 0, socket.gethostname(), os.getpid())
+        self._moved, self._lock = time.monotonic(), threading.Lock()
         self._numbers: dict[str, Any] = {}
         self._over, self._ended = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="drwkv-watch", daemon=True)
 
     def at(self, step: int, phase: str) -> None:
         """Say where this rank is; every rank must say the same, in the same order."""
-        self._place = replace(self._place, moves=self._place.moves + 1, step=step, phase=phase)
-        self._moved = time.monotonic()
+        with self._lock:
+            self._place = replace(self._place, moves=self._place.moves + 1, step=step, phase=phase)
+            self._moved = time.monotonic()
 
     def note(self, record: StepRecord, loss: float, skipped: bool) -> None:
         """Keep the last numbers for `status.json`."""
@@ -117,7 +120,7 @@ class Watch:
     def _run(self) -> None:
         seen_failed = 0
         while not self._over.wait(self._beat_sec):
-            self._place = replace(self._place, beat=self._place.beat + 1)
+            self._beat()
             if self._world.is_first and not self._ended:
                 self._write_status("running")
             try:
@@ -155,7 +158,7 @@ class Watch:
         before = self._places()
         for _ in range(SILENT_BEATS):
             time.sleep(self._beat_sec)
-            self._place = replace(self._place, beat=self._place.beat + 1)
+            self._beat()
             self._publish()
         after = self._places()
         return after, {rank for rank, place in enumerate(after) if place.beat == before[rank].beat}
@@ -179,7 +182,7 @@ class Watch:
     def _tell(self, text: str, code: int) -> bool:
         """Say why the run ends, if nobody has; whether this rank was the first."""
         said = {"rank": self._world.rank, "text": text, "code": code}
-        if not text.startswith("rank ") and self._world.size > 1:
+        if code != STALLED and not text.startswith("rank ") and self._world.size > 1:
             said["text"] = f"rank {self._world.rank} stopped the run: {text}"
         try:
             found = json.loads(self._board.compare_set(FAILED, "", json.dumps(said)))
@@ -189,6 +192,11 @@ class Watch:
 
     def _failed(self) -> dict[str, Any] | None:
         return dict(json.loads(self._board.get(FAILED))) if self._board.check([FAILED]) else None
+
+    def _beat(self) -> None:
+        collectives = _num_collectives()
+        with self._lock:
+            self._place = replace(self._place, beat=self._place.beat + 1, collectives=collectives)
 
     def _publish(self) -> None:
         self._board.set(f"rank{self._world.rank}", json.dumps(vars(self._place)))
@@ -248,8 +256,8 @@ def stall_sec(config: HealthConfig, timeout_sec: float) -> float:
 
 def blame(places: list[Place], silent: set[int], stood_sec: float) -> str:
     """One line for people: which ranks hold up the others, as far as their places tell."""
-    least = min(place.moves for place in places)
-    behind = [rank for rank, place in enumerate(places) if place.moves == least]
+    progress = [(place.moves, place.collectives) for place in places]
+    behind = [rank for rank, made in enumerate(progress) if made == min(progress)]
     if silent:
         named, why = sorted(silent), "without a sign of life"
     elif len(behind) < len(places):
@@ -261,6 +269,15 @@ def blame(places: list[Place], silent: set[int], stood_sec: float) -> str:
     others = next((place for rank, place in enumerate(places) if rank not in named), None)
     waiting = f"; the others wait at step {others.step}, {others.phase}" if others else ""
     return f"{shown}{more} {'stands' if len(named) == 1 else 'stand'} still since {stood_sec:.0f} s, {why}{waiting}"
+
+
+def _num_collectives() -> int:
+    """Collectives that this rank has begun; a rank that stands outside of one has begun fewer than those in it."""
+    count = 0
+    for group in dist.distributed_c10d._world.pg_map:
+        with contextlib.suppress(RuntimeError):  # a backend that does not count
+            count += group._get_sequence_number_for_group()
+    return count
 
 
 def _is_of_collective(error: BaseException) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import signal
 import time
 from pathlib import Path
@@ -192,3 +194,36 @@ command.run(train_dist.main)
     assert "error (rank 1): shard 7 is gone" in finished.output
     assert "rank 1 stopped the run: ValueError: shard 7 is gone" in finished.output
     assert len(losses(tmp_path)) <= 3
+
+
+def test_a_loss_far_above_the_usual_is_told_and_a_row_of_them_sends_the_run_back(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("WARNING", "drwkv")
+    zero, dice = torch.zeros(()), random.Random(0)
+    health = alone(HealthConfig(spike_deviations=10.0, max_spikes_in_row=3, max_rollbacks=1))
+
+    def note(step: int, loss: float) -> None:
+        health.note(StepRecord(step, 16 * step, 16, 0.1, zero, zero, zero), loss, False)
+
+    for step in range(100):
+        note(step, dice.gauss(1.0, 0.1))
+    assert not caplog.records
+    for step in (100, 101):
+        note(step, 5.0)
+        assert health.must_go_back() is None
+    note(102, 1.1)
+    assert not health.in_bad_row
+    assert (
+        "step 101: loss 5 is " in caplog.text and "deviations above the median of the last 100" in caplog.text
+    )
+    for step in (103, 104, 105):
+        assert health.must_go_back() is None
+        note(step, 5.0)
+    assert health.in_bad_row and health.must_go_back() == 103 * 16
+    health.gone_back()
+    assert health.must_go_back() is None
+    for step in (106, 107, 108):
+        note(step, math.inf)
+    with pytest.raises(NonFiniteRun, match="steps 106 to 108 had too high a loss after 1 returns"):
+        health.must_go_back()

@@ -1,0 +1,121 @@
+"""A rank that stands still or is lost ends the run on every rank; one line names it, and status.json says so."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from processes import Applications, Group
+
+from drwkv.training.watch import Place, blame
+
+BEAT = ["health.heartbeat_sec=0.3"]
+
+
+def arguments(digits: Path, folder: Path, steps: int, *more: str) -> list[str]:
+    return [
+        "--config", "configs/digits.yaml", f"data.paths=[{digits / 'train'}]", f"run.folder={folder}",
+        f"run.total_steps={steps}", "run.batch_size=16", "model.options.hidden_size=32", "model.options.depth=3",
+        "monitor.progress=false", "monitor.grid_every_steps=0", "checkpoint.every_steps=1000", *BEAT, *more,
+    ]  # fmt: skip
+
+
+# Rank 1 takes a nap at step 4, outside of any collective.
+SLEEPER = """
+import os, time, train_dist
+from drwkv.training.objective import Objective
+from drwkv import command
+plain, calls = Objective.inputs, [0]
+def take_a_nap(self, batch):
+    calls[0] += 1
+    if calls[0] == 5 and os.environ["RANK"] == "1":
+        time.sleep(600)
+    return plain(self, batch)
+Objective.inputs = take_a_nap
+command.run(train_dist.main)
+"""
+
+# Rank 1 fails inside of a step, where nobody listens.
+BREAKER = SLEEPER.replace("time.sleep(600)", "raise RuntimeError('out of memory')")
+
+
+def status(folder: Path) -> dict:
+    return json.loads((folder / "status.json").read_text())
+
+
+def wait_for_steps(group: Group, folder: Path, steps: int) -> None:
+    lines = folder / "metrics.jsonl"
+    while group.running():
+        if lines.exists() and len(lines.read_text().splitlines()) >= steps:
+            return
+        time.sleep(0.02)
+    raise AssertionError(group.wait().output)
+
+
+def test_a_rank_that_stands_still_is_named_and_all_exit(
+    applications: Applications, digits: Path, tmp_path: Path
+) -> None:
+    group = applications.start(
+        "-c", SLEEPER, *arguments(digits, tmp_path, 50, "health.stall_sec=4"), world_size=2
+    )
+    finished = group.wait(120)
+    assert finished.codes == [75, 75], finished.output
+    said = status(tmp_path)
+    assert said["state"] == "stalled" and said["reason"].startswith("rank 1 at step 4, training"), said
+    assert "behind all others; the others wait at step" in said["reason"]
+    assert said["reason"] in finished.output
+    stacks = {path.name: path.read_text() for path in (tmp_path / "stalls").iterdir()}
+    assert len(stacks) == 2
+    assert "take_a_nap" in stacks["step_00000004_rank_00001.txt"]
+
+
+def test_an_error_in_the_middle_of_a_step_is_told_by_all_ranks(
+    applications: Applications, digits: Path, tmp_path: Path
+) -> None:
+    finished = applications.start("-c", BREAKER, *arguments(digits, tmp_path, 50), world_size=2).wait(120)
+    assert finished.codes == [1, 1], finished.output
+    assert any(
+        line.endswith("rank 1 stopped the run: RuntimeError: out of memory") for line in finished.lines
+    )
+    assert status(tmp_path)["state"] == "failed"
+    assert status(tmp_path)["reason"] == "rank 1 stopped the run: RuntimeError: out of memory"
+
+
+@pytest.mark.parametrize(("lost", "left"), [(1, 0), pytest.param(0, 1, marks=pytest.mark.proof)])
+def test_a_rank_that_is_killed_is_named_by_the_others(
+    applications: Applications, digits: Path, tmp_path: Path, lost: int, left: int
+) -> None:
+    group = applications.start("train_dist.py", *arguments(digits, tmp_path, 100_000), world_size=2)
+    wait_for_steps(group, tmp_path, 5)
+    assert status(tmp_path)["state"] == "running"
+    group.processes[lost].send_signal(signal.SIGKILL)
+    finished = group.wait(120)
+    assert finished.codes[lost] == -signal.SIGKILL and finished.codes[left] == 1, finished.output
+    errors = [line for line in finished.lines if line.startswith("error")]
+    # Rank 0 holds what keeps the ranks together where no launcher does.
+    gone = "rank 1 is gone, last seen at step" if lost == 1 else "rank 0, or its launcher"
+    assert len(errors) == 1 and gone in errors[0], finished.output
+    assert "Traceback" not in finished.output
+
+
+def place(moves: int, beat: int = 3) -> Place:
+    return Place(moves, step=moves // 3, phase="training", collectives=7, beat=beat, host="node", pid=moves)
+
+
+@pytest.mark.parametrize(
+    ("places", "silent", "words"),
+    [
+        ([place(9), place(9), place(6)], set(), ["rank 2 at step 2", "behind all others", "wait at step 3"]),
+        ([place(9), place(9)], set(), ["all 2 ranks stand still since 60 s at step 3, training"]),
+        ([place(9), place(6), place(6)], {0}, ["rank 0 at step 3", "without a sign of life"]),
+        ([place(3)] * 20 + [place(9)], set(), ["rank 7 at", "and 12 more stand still"]),
+    ],
+)
+def test_blame_falls_on_those_who_hold_up_the_others(
+    places: list[Place], silent: set[int], words: list[str]
+) -> None:
+    text = blame(places, silent, 60.0)
+    assert all(word in text for word in words), text
