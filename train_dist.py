@@ -73,17 +73,19 @@ def _train(
         process, model, data.manifest, seed=run.seed, label_drop=run.label_drop, device=world.device
     )
     preview = Preview(process, config.monitor, config.model, seed=run.seed, world=world)
-    preflight.check_offload(config.parallel, sum(p.numel() for p in model.parameters()), world)
+    num_params = sum(parameter.numel() for parameter in model.parameters())
+    preflight.check_offload(config.parallel, num_params, world)
     engine = wrap(model, partial(optimizer.build, config=config.optimizer), config.parallel, world)
     ema = Ema(engine)
     state = TrainState(engine, ema, identity(config, data.identity()))
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint, world)
     resume(state, checkpoints)
+    state.list_all_skipped(run.skip)
     if state.step >= run.total_steps:
         log.info("run %s is finished: %d of %d steps are done", folder, state.step, run.total_steps)
         health.end("finished")
         return
-    preflight.check_room(folder, state.tensors(), world)
+    preflight.check_room(checkpoints.folder, state.num_bytes(num_params), world)
     preflight.time_all_reduce(world)
     run_folder.begin(folder, config, data.manifest, world, step=state.step)
     audit = Audit(folder / "audit", world, enabled=run.audit, step=state.step)

@@ -36,6 +36,9 @@ class RunConfig:
     batch_size: int = 128  # samples of one global batch, whatever the number of ranks
     accumulate: int = 1  # micro-batches that a rank cuts its piece of the batch into
     label_drop: float = 0.1  # probability of replacing a label by "no label"; without effect without classes
+    skip: list[list[int]] = field(
+        default_factory=list
+    )  # windows [n0, n1) of samples to pass over; every batch that touches one counts as consumed, not applied
     audit: bool = False  # every rank writes (n, sample id, hash of x_t) of all it trains on
 
 
@@ -99,6 +102,13 @@ def check_train(config: TrainConfig) -> None:
     _check_parallel(config.parallel)
     for key in ("total_steps", "batch_size", "accumulate"):
         require(getattr(run, key) >= 1, f"run.{key}", getattr(run, key), "give 1 or more")
+    for window in run.skip:
+        require(
+            len(window) == 2 and 0 <= window[0] < window[1],
+            "run.skip",
+            window,
+            "give [n0, n1] with 0 <= n0 < n1",
+        )
     require(0.0 <= config.ema.decay < 1.0, "ema.decay", config.ema.decay, "give a decay in [0, 1)")
     require(config.optimizer.lr > 0, "optimizer.lr", config.optimizer.lr, "give a positive rate")
     betas = (config.optimizer.beta1, config.optimizer.beta2)

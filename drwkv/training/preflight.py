@@ -63,9 +63,9 @@ def check_folder(folder: Path, world: World) -> None:
         )
 
 
-def check_room(folder: Path, tensors: Mapping[str, torch.Tensor], world: World) -> None:
-    """OSError on all ranks unless the disk of `folder` has room for two checkpoints of `tensors`. Collective."""
-    needed = SAVES * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+def check_room(folder: Path, num_bytes: int, world: World) -> None:
+    """OSError on all ranks unless the disk of `folder` has room for two checkpoints of `num_bytes`. Collective."""
+    needed = SAVES * num_bytes
     free = world.from_first(shutil.disk_usage(folder).free if world.is_first else None)
     if free < needed:
         raise OSError(

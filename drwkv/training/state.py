@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,10 @@ class TrainState:
             for kind, moment in self.engine.moments(name).items():
                 yield kind, name, moment
 
+    def num_bytes(self, num_params: int) -> int:
+        """Bytes of all tensors of the state of a model of so many parameters; all are float32."""
+        return 4 * num_params * len({kind for kind, _, _ in self._parts()})
+
     def scalars(self) -> dict[str, Any]:
         """Everything else, as JSON takes it. Reads the count of applied updates from the device."""
         return {
@@ -86,6 +90,12 @@ class TrainState:
             else:
                 joined.append((a, b))
         self.skipped = joined
+
+    def list_all_skipped(self, windows: Iterable[Sequence[int]]) -> None:
+        """List windows that the config asks to pass over, of samples yet to come."""
+        for n0, n1 in windows:
+            if n1 > self.n:
+                self.list_skipped(max(n0, self.n), n1)
 
     def leaves_out(self, batch_size: int) -> bool:
         """Whether the next batch touches a window that is skipped; if so it is listed whole and passed over."""

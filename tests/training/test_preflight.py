@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from processes import Applications
 
 from drwkv.parallel import ParallelConfig, World, session
@@ -57,10 +56,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, world: World) 
 
 
 def test_room_for_two_checkpoints_is_asked_for(tmp_path: Path, world: World) -> None:
-    huge = {"model.weight": torch.empty(1 << 50, dtype=torch.float32, device="meta")}
     with pytest.raises(OSError, match=r"GiB are free, and two checkpoints need 8388608\.00: free some space"):
-        check_room(tmp_path, huge, world)
-    check_room(tmp_path, {"model.weight": torch.zeros(4)}, world)
+        check_room(tmp_path, 1 << 52, world)
+    check_room(tmp_path, 16, world)
 
 
 def test_offload_without_memory_is_refused(world: World) -> None:
