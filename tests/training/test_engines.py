@@ -42,6 +42,16 @@ COMPILED = {
     "compiled, selective": ["parallel.compile=true", "parallel.activations.checkpoint=selective"],
     "compiled zero2": ["parallel.engine=zero2", "parallel.compile=true"],
 }
+HALF = {
+    "fsdp, bf16 weights": ["parallel.engine=fsdp", "parallel.precision=bf16_params"],
+    "zero2, bf16 weights": ["parallel.engine=zero2", "parallel.precision=bf16_params"],
+    "ddp, bf16 autocast": ["parallel.engine=ddp", "parallel.precision=bf16"],
+    "fsdp, bf16 autocast": ["parallel.engine=fsdp", "parallel.precision=bf16"],
+    "zero1, bf16 weights": ["parallel.engine=zero1", "parallel.precision=bf16_params"],
+    "zero3, bf16 weights": ["parallel.engine=zero3", "parallel.precision=bf16_params"],
+    "zero1, bf16 autocast": ["parallel.engine=zero1", "parallel.precision=bf16"],
+    "zero3, bf16 autocast": ["parallel.engine=zero3", "parallel.precision=bf16"],
+}
 # Who loads what which other engine has saved.
 FEW_LOADS = {"ddp": ["zero3"], "fsdp": ["zero1"], "zero1": ["fsdp"], "zero3": ["ddp"]}
 ALL = ["ddp", "fsdp", "fsdp*2", "zero1", "zero2", "zero3"]
@@ -111,6 +121,21 @@ def test_replicas_of_a_sharded_model_train_the_same_run(
     folders = train(engines | {name: ENGINES[name] for name in names}, world_size=4)
     one = train({"ddp": ENGINES["ddp"]}, world_size=1)["ddp"]
     assert_the_same_run(folders, one, golden)
+
+
+@pytest.mark.parametrize("names", [list(HALF)[:2], pytest.param(list(HALF), marks=PROOF)], ids=["few", "all"])
+def test_bfloat16_trains_nearly_the_same_run(train: Train, golden: torch.Tensor, names: list[str]) -> None:
+    folders = train({name: HALF[name] for name in names}, world_size=2)
+    for name, folder in folders.items():
+        away = (torch.tensor(losses(folder)) - golden).abs() / golden
+        # That it is not float32 shows; bfloat16 has 8 bits, and sums over many samples are better than one.
+        assert 1e-6 < away.max() < 0.03 and away.mean() < 5e-3, f"{name}: {away.max():.1e}, {away.mean():.1e}"
+        checkpoint = latest(folder / "checkpoints")
+        assert checkpoint is not None
+        weights = read_full(checkpoint, "model")
+        assert all(tensor.dtype == torch.float32 for tensor in weights.values()), name
+        # What the optimizer holds is finer than what computes.
+        assert any((tensor.bfloat16().float() != tensor).any() for tensor in weights.values()), name
 
 
 @pytest.mark.proof
