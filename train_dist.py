@@ -25,6 +25,7 @@ from drwkv.parallel import World, session, wrap
 from drwkv.training import optimizer, preflight, run_folder
 from drwkv.training.checkpoint import Checkpoints
 from drwkv.training.ema import Ema, decay_at
+from drwkv.training.ema_snapshots import Snapshots
 from drwkv.training.health import Health
 from drwkv.training.monitor import Audit, Monitor, StepRecord, every, logging_to
 from drwkv.training.objective import Objective, check_variance
@@ -76,7 +77,7 @@ def _train(
     num_params = sum(parameter.numel() for parameter in model.parameters())
     preflight.check_offload(config.parallel, num_params, world)
     engine = wrap(model, partial(optimizer.build, config=config.optimizer), config.parallel, world)
-    ema = Ema(engine)
+    ema = Ema(engine, config.ema.widths)
     state = TrainState(engine, ema, identity(config, data.identity()))
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint, world)
     resume(state, checkpoints)
@@ -88,6 +89,7 @@ def _train(
     preflight.check_room(checkpoints.folder, state.num_bytes(num_params), world)
     preflight.time_all_reduce(world)
     run_folder.begin(folder, config, data.manifest, world, step=state.step)
+    snapshots = Snapshots(folder, config, world, step=state.step)
     audit = Audit(folder / "audit", world, enabled=run.audit, step=state.step)
     monitor = Monitor(
         folder, config.monitor, world, total_steps=run.total_steps, step=state.step,
@@ -105,7 +107,7 @@ def _train(
         # Fetch, and hear from all ranks whether to go on.
         health.at(state.step, "waiting for data")
         micro_batches = health.guard(stream.__next__)
-        health.note_error(checkpoints.failure())
+        health.note_error(checkpoints.failure() or snapshots.failure())
         health.at(state.step, "hearing from all ranks")
         if stop_reason := health.agree():
             break
@@ -127,6 +129,7 @@ def _train(
             health.gone_back()
             monitor.rewind(state.step)
             audit.rewind(state.step)
+            snapshots.rewind(state.step)
             stream.close()
             stream = batches(state.n)
             continue
@@ -137,6 +140,7 @@ def _train(
             monitor.flush()
             if not health.in_bad_row:
                 checkpoints.save(state.step, state.tensors(), state.scalars(), wait=False)
+        snapshots.save_if_due(state)
         if every(state.step, config.monitor.grid_every_steps):
             health.at(state.step, "drawing a grid")
             monitor.grid(state.step, preview.draw(engine, ema))
@@ -148,6 +152,7 @@ def _train(
     monitor.close()
     audit.close()
     checkpoints.save(state.step, state.tensors(), state.scalars(), wait=True)
+    snapshots.finish()
     if stop_reason:
         run_folder.ask_requeue(folder, world, reason=stop_reason, step=state.step)
     health.end("requeue" if stop_reason else "finished", stop_reason)

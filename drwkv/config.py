@@ -23,6 +23,7 @@ from drwkv.training.ema import EmaConfig
 from drwkv.training.health import HealthConfig
 from drwkv.training.monitor import MonitorConfig
 from drwkv.training.optimizer import OptimizerConfig
+from drwkv.training.power_ema import WIDEST
 from drwkv.training.watch import stall_sec
 
 
@@ -109,7 +110,7 @@ def check_train(config: TrainConfig) -> None:
             window,
             "give [n0, n1] with 0 <= n0 < n1",
         )
-    require(0.0 <= config.ema.decay < 1.0, "ema.decay", config.ema.decay, "give a decay in [0, 1)")
+    _check_ema(config.ema)
     require(config.optimizer.lr > 0, "optimizer.lr", config.optimizer.lr, "give a positive rate")
     betas = (config.optimizer.beta1, config.optimizer.beta2)
     require(
@@ -122,6 +123,21 @@ def check_train(config: TrainConfig) -> None:
     _check_grids(config)
     starts = [stage.from_step for stage in config.optimizer.stages]
     require(starts == sorted(set(starts)), "optimizer.stages", starts, "list them by rising from_step")
+
+
+def _check_ema(ema: EmaConfig) -> None:
+    require(0.0 <= ema.decay < 1.0, "ema.decay", ema.decay, "give a decay in [0, 1)")
+    for width in ema.widths:
+        fits = 0 < width <= WIDEST and width == round(width, 3)
+        advice = f"give 0 < width <= {WIDEST:.4f} with three decimals at most, as EDM2's [0.05, 0.1]"
+        require(fits, "ema.widths", width, advice)
+    require(len(set(ema.widths)) == len(ema.widths), "ema.widths", ema.widths, "give each width once")
+    every_steps = ema.snapshot_every_steps
+    require(
+        every_steps >= 0, "ema.snapshot_every_steps", every_steps, "give a positive number, or 0 for none"
+    )
+    advice = "there is nothing to take snapshots of: give ema.widths, as [0.05, 0.1]"
+    require(bool(ema.widths) or not every_steps, "ema.snapshot_every_steps", every_steps, advice)
 
 
 def _check_parallel(parallel: ParallelConfig) -> None:

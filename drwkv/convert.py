@@ -64,8 +64,24 @@ def build(path: str | Path, which: str = "ema") -> nn.Module:
     return model
 
 
-def save_weights(path: str | Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write weights and the model's `config` (arguments of `create`) to a `.safetensors`, atomically."""
+def read_process(path: str | Path) -> dict[str, Any] | None:
+    """The diffusion process that a `.safetensors` says its weights were trained for; None if the file does not tell."""
+    if Path(path).suffix != ".safetensors":
+        return None
+    with safe_open(path, framework="pt", device="cpu") as file:
+        return json.loads((file.metadata() or {}).get("process", "null"))
+
+
+def save_weights(
+    path: str | Path,
+    weights: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    process: Mapping[str, Any] | None = None,
+) -> None:
+    """Write weights and the model's `config` (arguments of `create`) to a `.safetensors`, atomically.
+
+    `process` are the settings of the diffusion process, as GaussianConfig holds them; None: not known.
+    """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: weights are written as .safetensors; choose that ending")
@@ -73,7 +89,10 @@ def save_weights(path: str | Path, weights: Mapping[str, Tensor], config: Mappin
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     try:
-        save_file(tensors, temporary, metadata={"format": "pt", "config": json.dumps(dict(config))})
+        said = {"format": "pt", "config": json.dumps(dict(config))}
+        if process is not None:
+            said["process"] = json.dumps(dict(process))
+        save_file(tensors, temporary, metadata=said)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -210,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         weights, config = load_weights(given.src, given.which)
-        save_weights(given.dst, weights, config)
+        save_weights(given.dst, weights, config, read_process(given.src))
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,11 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def with_own_background(self, *, timeout_sec: float) -> World:
+        """The same with another group for background saves, for a second saver beside the first. Collective."""
+        timeout = datetime.timedelta(seconds=timeout_sec)
+        return replace(self, background=dist.new_group(backend="gloo", timeout=timeout))
 
     def barrier(self) -> None:
         """Wait for all ranks. Collective."""

@@ -82,9 +82,15 @@ class Engine(ABC):
         return {kind: state[kind] for kind in MOMENTS}
 
     @property
+    def applied_updates(self) -> torch.Tensor:
+        """Optimizer steps that were applied, 0-dim float32 where the parts are."""
+        step: torch.Tensor = next(iter(self.optimizer.state.values()))["step"]
+        return step
+
+    @property
     def updates(self) -> int:
         """Optimizer steps that were applied; waits for the device."""
-        return int(next(iter(self.optimizer.state.values()))["step"].item())
+        return int(self.applied_updates.item())
 
     @updates.setter
     def updates(self, count: int) -> None:

@@ -1,24 +1,38 @@
-"""An exponential moving average of the weights, sharded where they are. Storing it is checkpoint.py's."""
+"""Moving averages of the weights, sharded where they are: one of fixed decay, and power-function ones by width.
+
+The power functions are power_ema.py's; storing averages is checkpoint.py's. An average of any width, when the run is
+over (the command's keys are in ema_snapshots.py):
+
+    python -m drwkv.training.ema RUN width=0.13 out=weights.safetensors
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from drwkv import command
 from drwkv.parallel.engine import Engine
+from drwkv.training.power_ema import exponent, step_weight
+
+FIXED = "ema"  # kind of the fixed average among the tensors of a state
 
 
 @dataclass
 class EmaConfig:
-    """The average that is sampled from."""
+    """The average that is sampled from, and those that others are made of afterwards."""
 
     decay: float = 0.9999  # weight of the old average in each step
     warmup: bool = (
         False  # True: decay min(decay, (1 + step) / (10 + step)), for runs shorter than 1 / (1 - decay)
     )
+    widths: list[float] = field(
+        default_factory=list
+    )  # sigma_rel of EDM2's power-function averages beside it, e.g. [0.05, 0.1]; empty: none
+    snapshot_every_steps: int = 0  # steps between snapshots of these averages, all of which are kept; 0: none
 
 
 def decay_at(config: EmaConfig, step: int) -> float:
@@ -26,23 +40,48 @@ def decay_at(config: EmaConfig, step: int) -> float:
     return min(config.decay, (1 + step) / (10 + step)) if config.warmup else config.decay
 
 
-class Ema:
-    """ema <- decay * ema + (1 - decay) * weights, in float32, on this rank's parts (`parts`, by name)."""
+def kind_of(width: float) -> str:
+    """Kind of the power-function average of a width among the tensors of a state."""
+    return f"{FIXED}_{width:.3f}"
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.parts = {name: part.detach().clone() for name, part in engine.parts.items()}
+
+class Ema:
+    """Averages in float32 of this rank's parts of the weights.
+
+    Attributes:
+        parts: ema <- decay * ema + (1 - decay) * weights, by name.
+        widths: of the power-function averages.
+        kinds: kind of average -> its parts by name; the fixed one first.
+    """
+
+    def __init__(self, engine: Engine, widths: Sequence[float] = ()) -> None:
+        self._engine, self.widths = engine, list(widths)
+        self.kinds = {kind: self._copies() for kind in [FIXED, *map(kind_of, self.widths)]}
+        self.parts = self.kinds[FIXED]
+        self._averages = [average for parts in self.kinds.values() for average in parts.values()]
+        gammas = torch.tensor([exponent(width) for width in self.widths], dtype=torch.float64)
+        self._gammas = gammas.to(self._averages[0].device)
+
+    def _copies(self) -> dict[str, torch.Tensor]:
+        return {name: part.detach().clone() for name, part in self._engine.parts.items()}
 
     def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return ((average, self._engine.parts[name].detach()) for name, average in self.parts.items())
 
     @torch.no_grad()
     def update(self, decay: float, found_inf: torch.Tensor) -> None:
-        """One step at `decay`, left out on the device where `found_inf` (0-dim float) is 1."""
-        device = next(iter(self.parts.values())).device
-        weight = (1.0 - decay) * (1.0 - found_inf.to(device))
-        for average, value in self._pairs():
-            average.lerp_(value, weight)
+        """One step, after the optimizer's; left out on the device where `found_inf` (0-dim float) is 1.
+
+        The fixed average takes it at `decay`, the others by the count of applied updates, which only the device knows.
+        """
+        applied = 1.0 - found_inf.to(self._gammas.device)
+        weights = [(1.0 - decay) * applied]
+        if self.widths:
+            by_width = step_weight(self._gammas, self._engine.applied_updates) * applied
+            weights += by_width.float().unbind()
+        values: list[torch.Tensor] = list(self._engine.parts.values())
+        each = [weight for weight in weights for _ in values]
+        torch._foreach_lerp_(self._averages, values * len(weights), each)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -60,3 +99,14 @@ class Ema:
             value.copy_(average)
             average.copy_(held)
         self._engine.refresh()
+
+
+def _main(arguments: Sequence[str]) -> int:
+    # Needs the whole configuration, of which EmaConfig is a part.
+    from drwkv.training.ema_snapshots import main
+
+    return main(arguments)
+
+
+if __name__ == "__main__":
+    command.run(_main)

@@ -39,7 +39,7 @@ class Memory:
     weights: int  # that the optimizer changes, and copies that compute
     gradients: int
     moments: int
-    average: int
+    averages: int
     gathered: int  # weights of other ranks, while they compute
     activations: int  # the most of what the forward keeps and what is computed with at once
 
@@ -61,10 +61,14 @@ def predict(config: TrainConfig, ranks: int) -> Memory:
     check_ranks(config, ranks)
     model = _without_values(config.model)
     sizes = [parameter.numel() for parameter in model.parameters()]
-    states = _states(config.parallel, ranks, sum(sizes), _units(model, config.parallel))
+    weights, gradients, moments, average, gathered = _states(
+        config.parallel, ranks, sum(sizes), _units(model, config.parallel)
+    )
+    averages = average * (1 + len(config.ema.widths))
     piece = -(-config.run.batch_size // ranks)
     micro_batch = -(-piece // config.run.accumulate)
-    return Memory(*states, activations=_activations(model, config, micro_batch))
+    activations = _activations(model, config, micro_batch)
+    return Memory(weights, gradients, moments, averages, gathered, activations)
 
 
 def _without_values(config: ModelConfig) -> nn.Module:

@@ -37,18 +37,24 @@ class TrainState:
     n: int = 0
     skipped: list[tuple[int, int]] = field(default_factory=list)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor of the state under one layout for all engines: model.*, ema.*, exp_avg.*, exp_avg_sq.*."""
+    def tensors(self, kinds: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+        """Every tensor of the state, or those of some kinds, under one layout for all engines.
+
+        model.*, ema.*, exp_avg.*, exp_avg_sq.*, and ema_WIDTH.* of each power-function average. Collective.
+        """
+        wanted = None if kinds is None else set(kinds)
         found: dict[str, torch.Tensor] = {}
         for kind, name, part in self._parts():
-            found[f"{kind}.{name}"] = self.engine.whole(name, part)
+            if wanted is None or kind in wanted:
+                found[f"{kind}.{name}"] = self.engine.whole(name, part)
         return found
 
     def _parts(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """(kind, name, this rank's part) of all that `tensors` gives."""
         for name, part in self.engine.parts.items():
             yield "model", name, part.detach()
-            yield "ema", name, self.ema.parts[name]
+            for kind, parts in self.ema.kinds.items():
+                yield kind, name, parts[name]
             for kind, moment in self.engine.moments(name).items():
                 yield kind, name, moment
 
@@ -59,12 +65,19 @@ class TrainState:
     def scalars(self) -> dict[str, Any]:
         """Everything else, as JSON takes it. Reads the count of applied updates from the device."""
         return {
-            "format": FORMAT,
-            "step": self.step,
+            **self.snapshot_scalars(),
             "n": self.n,
-            "updates": self.engine.updates,
             "skipped": self.skipped,
             "identity": self.identity,
+        }
+
+    def snapshot_scalars(self) -> dict[str, Any]:
+        """What tells when and of which widths the power-function averages are."""
+        return {
+            "format": FORMAT,
+            "step": self.step,
+            "updates": self.engine.updates,
+            "widths": self.ema.widths,
         }
 
     def load(self, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> None:
@@ -125,6 +138,7 @@ def resume(state: TrainState, checkpoints: Checkpoints, *, at_most_n: int | None
             f"{found}: has format {saved.get('format')!r}, and this version reads {FORMAT} alone"
         )
     check_identity(saved["identity"], state.identity, where=str(found))
+    check_widths(saved.get("widths", []), state.ema.widths, where=str(found))
     tensors = state.tensors()
     state.load(tensors, checkpoints.restore(found, tensors))
     log.info("continuing from %s: step %d, sample %d", found, state.step, state.n)
@@ -156,3 +170,12 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], where: str)
                 f"{where}: {key} was {saved.get(key)!r} and is {now.get(key)!r} now, which would change the run's "
                 "meaning: set it back, or give another run.folder"
             )
+
+
+def check_widths(saved: Sequence[float], now: Sequence[float], where: str) -> None:
+    """ValueError if power-function averages were to begin or end in mid-run: they weigh all updates from the first."""
+    if sorted(saved) != sorted(now):
+        raise ValueError(
+            f"{where}: ema.widths was {list(saved)} and is {list(now)} now, and such averages cannot begin in "
+            "mid-run: set it back, or give another run.folder"
+        )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
 from drwkv.compose import read_dumped
 from drwkv.config import TrainConfig
-from drwkv.convert import build
+from drwkv.convert import build, read_process
 from drwkv.data.manifest import Manifest
 from drwkv.diffusion.gaussian import GaussianConfig
 from drwkv.models.config import from_config
@@ -50,7 +50,9 @@ def open_trained(path: str, weights: str) -> TrainedModel:
     place = Path(path)
     if place.is_file():
         model = build(place, weights)
-        process = GaussianConfig(learn_variance=model.learn_variance)  # type: ignore[arg-type]
+        process = GaussianConfig(
+            **(read_process(place) or {"learn_variance": cast(Any, model).learn_variance})
+        )
         return TrainedModel(model, process, None, str(place), [])
     if not place.is_dir():
         raise FileNotFoundError(f"checkpoint {place}: no such file or folder")
