@@ -38,7 +38,7 @@ def build(engine: str, world: World) -> TrainState:
             parameter.zero_()
     config = ParallelConfig(engine=name, replicas=int(replicas or 1))  # type: ignore[arg-type]
     built: Engine = wrap(model, partial(optimizer.build, config=OptimizerConfig()), config, world)
-    return TrainState(built, Ema(built), identity={})
+    return TrainState(built, Ema(built, [0.05]), identity={})
 
 
 def known(name: str, shape: torch.Size) -> torch.Tensor:

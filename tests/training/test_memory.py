@@ -50,6 +50,12 @@ def test_activations_are_as_a_profiler_measures_them(mode: str) -> None:
     assert predict(config, 1).activations == pytest.approx(measured(config), rel=0.1)
 
 
+def test_each_power_function_average_takes_as_much_as_the_fixed_one() -> None:
+    one, three = (predict(load(TrainConfig, [*SMALL, *more]), 2) for more in ([], ["ema.widths=[0.05,0.1]"]))
+    assert three.averages == 3 * one.averages > 0
+    assert three.total - one.total == 2 * one.averages
+
+
 @pytest.mark.proof
 @pytest.mark.timeout(900)
 def test_full_checkpointing_takes_a_fifth_of_the_activations_at_1024_tokens() -> None:
