@@ -23,6 +23,7 @@ from drwkv.diffusion.gaussian import GaussianProcess
 from drwkv.models.config import from_config
 from drwkv.parallel import World, session, wrap
 from drwkv.training import optimizer, preflight, run_folder
+from drwkv.training.batches import Batches
 from drwkv.training.checkpoint import Checkpoints
 from drwkv.training.ema import Ema, decay_at
 from drwkv.training.ema_snapshots import Snapshots
@@ -66,7 +67,7 @@ def _train(
     config: TrainConfig, model: nn.Module, process: GaussianProcess, data: Data, folder: Path, world: World,
     health: Health, at_end: contextlib.ExitStack,
 ) -> None:  # fmt: skip
-    run, batch_size = config.run, config.run.batch_size
+    run = config.run
 
     # Set up.
     torch.backends.cuda.matmul.allow_tf32 = config.parallel.tf32
@@ -95,18 +96,18 @@ def _train(
         folder, config.monitor, world, total_steps=run.total_steps, step=state.step,
         on_record=[state.note, health.note],
     )  # fmt: skip
-    batches = partial(
-        data.batches, batch_size, world=world, accumulate=run.accumulate, interrupted=health.is_stopping
+    batches = Batches(
+        partial(data.batches, world=world, accumulate=run.accumulate, interrupted=health.is_stopping)
     )
-    stream = batches(state.n)
-    at_end.callback(lambda: stream.close())  # whatever ends the run: its threads may wait for data
+    at_end.callback(batches.close)  # whatever ends the run: its threads may wait for data
 
     # Train.
     stop_reason: str | None = None
     while state.step < run.total_steps:
         # Fetch, and hear from all ranks whether to go on.
         health.at(state.step, "waiting for data")
-        micro_batches = health.guard(stream.__next__)
+        batch_size = run.batch_size_at(state.step)
+        micro_batches = health.guard(partial(batches.next, state.n, batch_size))
         health.note_error(checkpoints.failure() or snapshots.failure())
         health.at(state.step, "hearing from all ranks")
         if stop_reason := health.agree():
@@ -118,7 +119,7 @@ def _train(
             monitor.left_out(state.step - 1, state.n - batch_size, batch_size)
         else:
             assert micro_batches is not None
-            monitor.record(_step(config, state, objective, audit, micro_batches))
+            monitor.record(_step(config, state, objective, audit, micro_batches, batch_size))
             state.advance(batch_size)
 
         # Go back over steps that were not finite.
@@ -130,8 +131,6 @@ def _train(
             monitor.rewind(state.step)
             audit.rewind(state.step)
             snapshots.rewind(state.step)
-            stream.close()
-            stream = batches(state.n)
             continue
 
         # Save and show.
@@ -148,7 +147,7 @@ def _train(
 
     # Save the end, or what a signal or the time has ended.
     health.at(state.step, "saving")
-    stream.close()
+    batches.close()
     monitor.close()
     audit.close()
     checkpoints.save(state.step, state.tensors(), state.scalars(), wait=True)
@@ -159,10 +158,11 @@ def _train(
 
 
 def _step(
-    config: TrainConfig, state: TrainState, objective: Objective, audit: Audit, micro_batches: Sequence[Batch]
-) -> StepRecord:
+    config: TrainConfig, state: TrainState, objective: Objective, audit: Audit, micro_batches: Sequence[Batch],
+    batch_size: int,
+) -> StepRecord:  # fmt: skip
     """Forward, backward, optimizer and EMA on this rank's share of one global batch, without waiting for the device."""
-    engine, batch_size = state.engine, config.run.batch_size
+    engine = state.engine
 
     # Add up the gradient of the mean loss over the global batch.
     loss = torch.zeros((), device=engine.world.device)

@@ -18,6 +18,7 @@ from drwkv.models.config import ModelConfig
 from drwkv.parallel.engine import ParallelConfig
 from drwkv.sampling import SamplerConfig, check_sampler
 from drwkv.storage import is_remote
+from drwkv.training.batches import BatchStage, batch_size_at
 from drwkv.training.checkpoint import CheckpointConfig
 from drwkv.training.ema import EmaConfig
 from drwkv.training.health import HealthConfig
@@ -34,13 +35,23 @@ class RunConfig:
     folder: str = "runs/unnamed"  # everything that the run writes; the same folder again continues the run
     seed: int = 0  # 0 <= seed < 2**32; every random number is a function of it
     total_steps: int = 1000  # optimizer steps of the whole run, restarts included
-    batch_size: int = 128  # samples of one global batch, whatever the number of ranks
+    batch_size: int = 128  # samples of one global batch, whatever the number of ranks, until the first stage
+    batch_stages: list[BatchStage] = field(default_factory=list)  # by rising from_step; empty: one size
     accumulate: int = 1  # micro-batches that a rank cuts its piece of the batch into
     label_drop: float = 0.1  # probability of replacing a label by "no label"; without effect without classes
     skip: list[list[int]] = field(
         default_factory=list
     )  # windows [n0, n1) of samples to pass over; every batch that touches one counts as consumed, not applied
     audit: bool = False  # every rank writes (n, sample id, hash of x_t) of all it trains on
+
+    def batch_size_at(self, step: int) -> int:
+        """Samples of the global batch of `step`; 0 is the first."""
+        return batch_size_at(step, self.batch_size, self.batch_stages)
+
+    @property
+    def largest_batch(self) -> int:
+        """Samples of the largest batch that any step has."""
+        return max([self.batch_size, *(stage.batch_size for stage in self.batch_stages)])
 
 
 @dataclass
@@ -121,8 +132,20 @@ def check_train(config: TrainConfig) -> None:
         value = getattr(config.checkpoint, key)
         require(value >= (key == "keep_last"), f"checkpoint.{key}", value, "give a positive number")
     _check_grids(config)
-    starts = [stage.from_step for stage in config.optimizer.stages]
-    require(starts == sorted(set(starts)), "optimizer.stages", starts, "list them by rising from_step")
+    _check_stages(config)
+
+
+def _check_stages(config: TrainConfig) -> None:
+    for key, stages in (
+        ("optimizer.stages", config.optimizer.stages),
+        ("run.batch_stages", config.run.batch_stages),
+    ):
+        starts = [stage.from_step for stage in stages]
+        require(starts == sorted(set(starts)), key, starts, "list them by rising from_step")
+    for stage in config.run.batch_stages:
+        advice = "run.batch_size is that of step 0: give 1 or more"
+        require(stage.from_step >= 1, "run.batch_stages.from_step", stage.from_step, advice)
+        require(stage.batch_size >= 1, "run.batch_stages.batch_size", stage.batch_size, "give 1 or more")
 
 
 def _check_ema(ema: EmaConfig) -> None:
@@ -204,6 +227,8 @@ def check_ranks(config: TrainConfig, world_size: int) -> None:
     least = world_size * run.accumulate
     advice = f"{world_size} processes x run.accumulate={run.accumulate} need {least} samples or more a batch"
     require(run.batch_size >= least, "run.batch_size", run.batch_size, advice)
+    for stage in run.batch_stages:
+        require(stage.batch_size >= least, "run.batch_stages.batch_size", stage.batch_size, advice)
 
 
 def check_sample(config: SampleConfig) -> None:

@@ -65,7 +65,7 @@ def predict(config: TrainConfig, ranks: int) -> Memory:
         config.parallel, ranks, sum(sizes), _units(model, config.parallel)
     )
     averages = average * (1 + len(config.ema.widths))
-    piece = -(-config.run.batch_size // ranks)
+    piece = -(-config.run.largest_batch // ranks)
     micro_batch = -(-piece // config.run.accumulate)
     activations = _activations(model, config, micro_batch)
     return Memory(weights, gradients, moments, averages, gathered, activations)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from poisoned import poisoned
 from processes import Applications, Group, audit, losses, metrics
 
 from drwkv.training.checkpoint import latest, read_full, read_scalars
@@ -32,25 +33,6 @@ def arguments(digits: Path, folder: Path, steps: int, *more: str) -> list[str]:
         f"run.total_steps={steps}",
         *more,
     ]
-
-
-def poisoned(bad_steps: str) -> str:
-    """A program that trains with the loss of one rank made NaN at some steps, given as a Python set."""
-    return f"""
-import sys, torch, train_dist
-from drwkv.training.objective import Objective
-from drwkv import command
-plain, calls = Objective.losses, [0]
-def losses(self, model, inputs):
-    calls[0] += 1
-    found = plain(self, model, inputs)
-    import os
-    if calls[0] - 1 in {bad_steps} and os.environ.get("RANK", "1") == "1":
-        found = found * torch.tensor([float("nan")] + [1.0] * (len(found) - 1))
-    return found
-Objective.losses = losses
-command.run(train_dist.main)
-"""
 
 
 def test_a_nan_on_one_rank_leaves_the_step_out_on_all(
