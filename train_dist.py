@@ -72,8 +72,9 @@ def _train(
     # Set up.
     torch.backends.cuda.matmul.allow_tf32 = config.parallel.tf32
     objective = Objective(
-        process, model, data.manifest, seed=run.seed, label_drop=run.label_drop, device=world.device
-    )
+        process, model, data.manifest, config.objective,
+        seed=run.seed, label_drop=run.label_drop, device=world.device,
+    )  # fmt: skip
     preview = Preview(process, config.monitor, config.model, seed=run.seed, world=world)
     num_params = sum(parameter.numel() for parameter in model.parameters())
     preflight.check_offload(config.parallel, num_params, world)

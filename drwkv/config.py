@@ -7,6 +7,7 @@ configures; what a field means is said there.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from drwkv.training.checkpoint import CheckpointConfig
 from drwkv.training.ema import EmaConfig
 from drwkv.training.health import HealthConfig
 from drwkv.training.monitor import MonitorConfig
+from drwkv.training.objective import ObjectiveConfig
 from drwkv.training.optimizer import OptimizerConfig
 from drwkv.training.power_ema import WIDEST
 from drwkv.training.watch import stall_sec
@@ -62,6 +64,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: GaussianConfig = field(default_factory=GaussianConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -99,7 +102,7 @@ class SampleConfig:
 def identity(config: TrainConfig, data: dict[str, Any]) -> dict[str, Any]:
     """What must not change while a run goes on, by config key, as JSON holds it; `data` is the data's own identity."""
     kept: dict[str, Any] = {"run.seed": config.run.seed, "run.label_drop": config.run.label_drop}
-    for group in ("model", "diffusion"):
+    for group in ("model", "diffusion", "objective"):
         kept |= {f"{group}.{key}": value for key, value in asdict(getattr(config, group)).items()}
     kept["model.options"].pop("kernel_backend", None)  # who computes is not what is computed
     kept |= {f"data.{key}": value for key, value in data.items() if key != "seed"}
@@ -122,6 +125,12 @@ def check_train(config: TrainConfig) -> None:
             "give [n0, n1] with 0 <= n0 < n1",
         )
     _check_ema(config.ema)
+    objective, advice = config.objective, "give a finite number above 0"
+    require(
+        0.0 < objective.min_snr_gamma < math.inf, "objective.min_snr_gamma", objective.min_snr_gamma, advice
+    )
+    advice = "give a finite number, 0 or more"
+    require(0.0 <= objective.vlb_weight < math.inf, "objective.vlb_weight", objective.vlb_weight, advice)
     require(config.optimizer.lr > 0, "optimizer.lr", config.optimizer.lr, "give a positive rate")
     betas = (config.optimizer.beta1, config.optimizer.beta2)
     require(

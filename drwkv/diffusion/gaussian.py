@@ -1,8 +1,9 @@
 """The Gaussian diffusion process: its tables, the forward process, the losses and one reverse step.
 
 Here: everything that is a function of the beta schedule (DDPM, Ho et al. 2020, arXiv 2006.11239; Improved
-DDPM, Nichol and Dhariwal 2021, arXiv 2102.09672). Not here: loops over steps (samplers.py), classifier-free
-guidance (guidance.py), random numbers (the caller hands in eps and noise), the network (drwkv.models).
+DDPM, Nichol and Dhariwal 2021, arXiv 2102.09672; Min-SNR, Hang et al. 2023, arXiv 2303.09556). Not here:
+loops over steps (samplers.py), classifier-free guidance (guidance.py), random numbers (the caller hands in
+eps and noise), the network (drwkv.models).
 
 Shapes: B batch, C channels of x, D channels of the model's output (2C with a learned variance, else C), H, W.
 Names: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps; v is the model's variance output, in [-1, 1]
@@ -172,27 +173,32 @@ class GaussianProcess:
     # Training.
 
     def losses(
-        self, out_BDHW: Tensor, x0_BCHW: Tensor, x_t_BCHW: Tensor, t: Tensor, eps_BCHW: Tensor
-    ) -> dict[str, Tensor]:
+        self, out_BDHW: Tensor, x0_BCHW: Tensor, x_t_BCHW: Tensor, t: Tensor, eps_BCHW: Tensor, *,
+        min_snr_gamma: float | None = None, vlb_weight: float = 1.0,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Per-sample losses {loss, mse, vb}, each (B,), float32 or wider, for the model's output at (x_t, t).
 
         mse is the mean of (eps - eps_theta)^2 over C, H, W (DDPM eq. 14). vb is this timestep's term of the
         variational bound in bits per dimension (DDPM eq. 5), with the mean detached, so that it trains the
-        variance alone (Improved DDPM section 3.1). loss = mse + vb: vb is one term, not the sum over T that
-        the bound is, so the bound's weight is 1/T = 0.001, the lambda of Improved DDPM eq. 16. With a fixed
-        variance loss = mse, and vb is given without gradient, to look at.
+        variance alone (Improved DDPM section 3.1). loss = weight(t) mse + vlb_weight vb: vb is one term, not the
+        sum over T that the bound is, so the bound's weight is vlb_weight / T, 0.001 by default, the lambda of
+        Improved DDPM eq. 16. weight(t) is 1, or with `min_snr_gamma` that of `min_snr_weight`. With a fixed
+        variance loss = weight(t) mse; there, and where vlb_weight is 0, vb is without gradient, to look at.
         """
         x0, x_t, eps = _wide(x0_BCHW), _wide(x_t_BCHW), _wide(eps_BCHW)
         eps_theta, _ = self._split(out_BDHW, x_t)
         mse = _mean_over_sample((eps - eps_theta) ** 2)
-        if not self.learn_variance:
+        weighted = mse
+        if min_snr_gamma is not None:
+            weighted = min_snr_weight(self.at("snr", t, mse), min_snr_gamma) * mse
+        if not self.learn_variance or vlb_weight == 0:
             with torch.no_grad():
                 vb = self.vb_terms(out_BDHW, x0, x_t, t)
-            return {"loss": mse, "mse": mse, "vb": vb}
+            return {"loss": weighted, "mse": mse, "vb": vb}
         channels = x_t.shape[1]
         frozen_mean = torch.cat([out_BDHW[:, :channels].detach(), out_BDHW[:, channels:]], dim=1)
         vb = self.vb_terms(frozen_mean, x0, x_t, t)
-        return {"loss": mse + vb, "mse": mse, "vb": vb}
+        return {"loss": weighted + vlb_weight * vb, "mse": mse, "vb": vb}
 
     def vb_terms(
         self, out_BDHW: Tensor, x0_BCHW: Tensor, x_t_BCHW: Tensor, i: Tensor, clip_denoised: bool = False
@@ -217,6 +223,7 @@ def schedule_tables(betas: np.ndarray) -> dict[str, np.ndarray]:
         "beta": betas,
         "alpha_bar": alpha_bar,
         "alpha_bar_prev": alpha_bar_prev,
+        "snr": alpha_bar / (1 - alpha_bar),
         "sqrt_alpha_bar": np.sqrt(alpha_bar),
         "sqrt_one_minus_alpha_bar": np.sqrt(1 - alpha_bar),
         "sqrt_recip_alpha_bar": np.sqrt(1 / alpha_bar),
@@ -227,6 +234,11 @@ def schedule_tables(betas: np.ndarray) -> dict[str, np.ndarray]:
         "log_beta": np.log(betas),
         "log_beta_clipped": np.log(np.append(first_positive, betas[1:])),  # "large": at step 0 as "small"
     }
+
+
+def min_snr_weight(snr: Tensor, gamma: float) -> Tensor:
+    """The weight min(SNR, gamma) / SNR of (eps - eps_theta)^2: Min-SNR-gamma of arXiv 2303.09556 for eps-prediction."""
+    return (gamma / snr).clamp(max=1.0)
 
 
 def learned_range_log_variance(v: Tensor, log_small: Tensor, log_large: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ The maths of the loss is drwkv.diffusion's, the random numbers are rng.py's, the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,19 @@ from drwkv import latents, rng
 from drwkv.data.loader import Batch
 from drwkv.data.manifest import Manifest
 from drwkv.diffusion.gaussian import GaussianProcess
+
+
+@dataclass
+class ObjectiveConfig:
+    """How much each timestep, and the learned variance, count in the loss."""
+
+    weight: Literal["none", "min_snr"] = (
+        "none"  # of a timestep's squared error; min_snr: min(SNR, gamma) / SNR
+    )
+    min_snr_gamma: float = 5.0  # the gamma of min_snr, above 0: errors at SNRs above it count less
+    vlb_weight: float = (
+        1.0  # of the learned variance's term; 1: lambda = 1/T of Improved DDPM; 0: v is not trained
+    )
 
 
 @dataclass(frozen=True)
@@ -47,12 +61,15 @@ class Objective:
         process: GaussianProcess,
         model: nn.Module,
         manifest: Manifest,
+        config: ObjectiveConfig,
         *,
         seed: int,
         label_drop: float,
         device: torch.device,
     ) -> None:
         self._process, self._seed, self._label_drop, self._device = process, seed, label_drop, device
+        self._min_snr_gamma = config.min_snr_gamma if config.weight == "min_snr" else None
+        self._vlb_weight = config.vlb_weight
         self._num_classes: int | None = model.num_classes  # type: ignore[assignment]
         self._scale, self._shift = manifest.scale, manifest.shift
         rates = torch.tensor(model.drop_path_rates, dtype=torch.float32, device=device)
@@ -70,7 +87,10 @@ class Objective:
     def losses(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Per-sample losses (B,) float32 of `model` on `inputs`."""
         out = model(inputs.x_t, inputs.t, inputs.y, keep=inputs.keep)
-        return self._process.losses(out, inputs.x0, inputs.x_t, inputs.t, inputs.eps)["loss"]
+        return self._process.losses(
+            out, inputs.x0, inputs.x_t, inputs.t, inputs.eps,
+            min_snr_gamma=self._min_snr_gamma, vlb_weight=self._vlb_weight,
+        )["loss"]  # fmt: skip
 
     def _clean(self, x: Tensor, n: Tensor) -> Tensor:
         if self._scale is None or self._shift is None:

@@ -17,6 +17,12 @@ from drwkv.training.monitor import StepRecord
 
 log = logging.getLogger("drwkv")
 FORMAT = 1
+# What runs did before these keys of their identity existed: a checkpoint without them means these values.
+BEFORE_THEY_WERE_KEYS = {
+    "objective.weight": "none",
+    "objective.min_snr_gamma": 5.0,
+    "objective.vlb_weight": 1.0,
+}
 
 
 @dataclass
@@ -164,6 +170,7 @@ def go_back(state: TrainState, checkpoints: Checkpoints, bad_n: int) -> None:
 
 def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
     """ValueError for the first key that changes the meaning of the run and differs from the checkpoint's."""
+    saved = {**BEFORE_THEY_WERE_KEYS, **saved}
     for key in sorted(saved.keys() | now.keys()):
         if saved.get(key) != now.get(key):
             raise ValueError(

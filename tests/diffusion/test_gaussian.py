@@ -14,6 +14,7 @@ from drwkv.diffusion.gaussian import (
     GaussianConfig,
     GaussianProcess,
     discretised_gaussian_log_likelihood,
+    min_snr_weight,
     normal_kl,
 )
 
@@ -77,6 +78,37 @@ def test_vb_moves_the_variance_and_mse_moves_the_mean(golden):
     assert torch.count_nonzero(by_vb[:, :4]) == 0 and torch.count_nonzero(by_vb[:, 4:]) > 0
     assert torch.count_nonzero(by_mse[:, :4]) > 0 and torch.count_nonzero(by_mse[:, 4:]) == 0
     torch.testing.assert_close(by_loss, by_vb + by_mse)
+
+
+def test_min_snr_weighs_the_squared_error_by_the_clamped_ratio_of_signal_to_noise(golden):
+    t, x_t, x0, eps = (golden[f"train.{k}"] for k in ("t", "x_t", "x0", "noise"))
+    t = torch.tensor([0, 100, 250, 500, 999, 999, 50, 3])[: len(t)]
+    out = golden_model(golden, x_t, t)
+    plain, weighted = (GaussianProcess().losses(out, x0, x_t, t, eps, min_snr_gamma=g) for g in (None, 5.0))
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))[t.numpy()]
+    weight = np.minimum(alpha_bar / (1 - alpha_bar), 5.0) / (alpha_bar / (1 - alpha_bar))
+    assert weight.min() < 1e-3 and weight.max() == 1
+    expected = torch.from_numpy(weight) * plain["mse"].double() + plain["vb"].double()
+    torch.testing.assert_close(weighted["loss"].double(), expected, rtol=TOLERANCE, atol=0)
+    assert torch.equal(weighted["mse"], plain["mse"]) and torch.equal(weighted["vb"], plain["vb"])
+
+
+def test_min_snr_at_gamma_1_by_hand():
+    snr = torch.tensor([0.25, 1.0, 4.0])
+    assert min_snr_weight(snr, 1.0).tolist() == [1.0, 1.0, 0.25]
+
+
+def test_the_weight_of_the_bound_scales_what_trains_the_variance_and_nothing_else(golden):
+    t, x_t, x0, eps = (golden[f"train.{k}"] for k in ("t", "x_t", "x0", "noise"))
+    gradients = {}
+    for weight in (1.0, 0.25, 0.0):
+        out = golden_model(golden, x_t, t).requires_grad_()
+        loss = GaussianProcess().losses(out, x0, x_t, t, eps, vlb_weight=weight)["loss"]
+        (gradients[weight],) = torch.autograd.grad(loss.sum(), out)
+    for weight in (0.25, 0.0):
+        assert torch.equal(gradients[weight][:, :4], gradients[1.0][:, :4])
+        torch.testing.assert_close(gradients[weight][:, 4:], weight * gradients[1.0][:, 4:])
+    assert torch.count_nonzero(gradients[1.0][:, 4:]) > 0
 
 
 def test_the_true_noise_gives_back_x0_and_the_true_posterior():
