@@ -22,7 +22,7 @@ from drwkv.data.loader import Batch, Data, open_data
 from drwkv.diffusion.gaussian import GaussianProcess
 from drwkv.models.config import from_config
 from drwkv.parallel import World, session, wrap
-from drwkv.training import optimizer, preflight, run_folder
+from drwkv.training import optimizer, preflight, run_folder, warm_start
 from drwkv.training.batches import Batches
 from drwkv.training.checkpoint import Checkpoints
 from drwkv.training.ema import Ema, decay_at
@@ -55,17 +55,18 @@ def train(config: TrainConfig) -> None:
         check_ranks(config, world.size)
         preflight.check_alike(config, world)
         preflight.check_folder(folder, world)
+        origin = warm_start.begin(model, config.run, world)
         with (
             logging_to(folder, world),
             supervised(config.health, folder, world, timeout_sec=parallel.timeout_sec) as health,
             contextlib.ExitStack() as at_end,
         ):
-            _train(config, model, process, data, folder, world, health, at_end)
+            _train(config, model, process, data, folder, world, health, at_end, origin)
 
 
 def _train(
     config: TrainConfig, model: nn.Module, process: GaussianProcess, data: Data, folder: Path, world: World,
-    health: Health, at_end: contextlib.ExitStack,
+    health: Health, at_end: contextlib.ExitStack, origin: warm_start.Origin | None,
 ) -> None:  # fmt: skip
     run = config.run
 
@@ -90,7 +91,7 @@ def _train(
         return
     preflight.check_room(checkpoints.folder, state.num_bytes(num_params), world)
     preflight.time_all_reduce(world)
-    run_folder.begin(folder, config, data.manifest, world, step=state.step)
+    run_folder.begin(folder, config, data.manifest, world, step=state.step, origin=origin)
     snapshots = Snapshots(folder, config, world, step=state.step)
     audit = Audit(folder / "audit", world, enabled=run.audit, step=state.step)
     monitor = Monitor(

@@ -44,6 +44,10 @@ class RunConfig:
     skip: list[list[int]] = field(
         default_factory=list
     )  # windows [n0, n1) of samples to pass over; every batch that touches one counts as consumed, not applied
+    start_from: str | None = (
+        None  # weights of a new run: run folder, checkpoint, .pt or .safetensors; None: made from the seed
+    )
+    start_weights: Literal["ema", "model"] = "ema"  # which of its two sets; weights and average start from it
     audit: bool = False  # every rank writes (n, sample id, hash of x_t) of all it trains on
 
     def batch_size_at(self, step: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from drwkv.models import create
@@ -25,6 +26,12 @@ class ModelConfig:
         """(C, H, W) of one input."""
         height, width = self.input_size
         return (self.in_channels, height, width)
+
+
+def without_values(config: ModelConfig) -> nn.Module:
+    """The backbone that `config` describes with shapes alone, on the meta device. ValueError as `create` raises it."""
+    with torch.device("meta"):
+        return from_config(config, seed=0)
 
 
 def from_config(config: ModelConfig, *, seed: int) -> nn.Module:

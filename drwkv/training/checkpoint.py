@@ -89,6 +89,21 @@ def read_full(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items()}
 
 
+def damage(checkpoint: Path, world: World) -> list[str]:
+    """What is wrong with this rank's share of a checkpoint's files, by their checksums."""
+    try:
+        checksums = json.loads((checkpoint / MARK).read_text()).get("crc32c", {})
+        mine = sorted(checksums)[world.rank :: world.size]
+        found = {name: _crc32c(checkpoint / name) for name in mine}
+    except OSError as error:
+        return [str(error)]
+    return [
+        f"{name} has crc32c {crc}, saved was {checksums[name]}"
+        for name, crc in found.items()
+        if crc != checksums[name]
+    ]
+
+
 class Checkpoints:
     """The checkpoints of one run, in `folder`."""
 
@@ -147,7 +162,7 @@ class Checkpoints:
         One that is damaged is set aside, and the one before is taken. Raises ValueError where none is left of them.
         """
         while (found := self._newest_marked(at_most_n)) is not None:
-            said = self._world.gather(self._damage(found))
+            said = self._world.gather(damage(found, self._world))
             problems = [problem for of_rank in said for problem in of_rank]
             if not problems:
                 return found
@@ -169,20 +184,6 @@ class Checkpoints:
         found = whole_checkpoints(self.folder) if self._world.is_first else []
         kept = [c for c in found if at_most_n is None or read_scalars(c)["n"] <= at_most_n]
         return self._world.from_first(kept[-1] if kept else None)
-
-    def _damage(self, checkpoint: Path) -> list[str]:
-        """What is wrong with this rank's share of a checkpoint's files, by their checksums."""
-        try:
-            checksums = json.loads((checkpoint / MARK).read_text()).get("crc32c", {})
-            mine = sorted(checksums)[self._world.rank :: self._world.size]
-            found = {name: _crc32c(checkpoint / name) for name in mine}
-        except OSError as error:
-            return [str(error)]
-        return [
-            f"{name} has crc32c {crc}, saved was {checksums[name]}"
-            for name, crc in found.items()
-            if crc != checksums[name]
-        ]
 
     def discard_after(self, step: int) -> None:
         """Remove the checkpoints of later steps: they belong to a history that the run has left. Collective."""

@@ -23,8 +23,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from drwkv import command
 from drwkv.compose import load
 from drwkv.config import TrainConfig, check_ranks, check_train
-from drwkv.models import create
-from drwkv.models.config import ModelConfig
+from drwkv.models.config import without_values
 from drwkv.parallel.activations import checkpoint_blocks
 from drwkv.parallel.engine import ParallelConfig
 
@@ -59,7 +58,7 @@ def predict(config: TrainConfig, ranks: int) -> Memory:
     """
     check_train(config)
     check_ranks(config, ranks)
-    model = _without_values(config.model)
+    model = without_values(config.model)
     sizes = [parameter.numel() for parameter in model.parameters()]
     weights, gradients, moments, average, gathered = _states(
         config.parallel, ranks, sum(sizes), _units(model, config.parallel)
@@ -69,16 +68,6 @@ def predict(config: TrainConfig, ranks: int) -> Memory:
     micro_batch = -(-piece // config.run.accumulate)
     activations = _activations(model, config, micro_batch)
     return Memory(weights, gradients, moments, averages, gathered, activations)
-
-
-def _without_values(config: ModelConfig) -> nn.Module:
-    """The model with shapes alone; its operators are the ones of a GPU where there is one."""
-    height, width = config.input_size
-    with torch.device("meta"):
-        return create(
-            config.name, input_size=(height, width), in_channels=config.in_channels,
-            num_classes=config.num_classes, **config.options,
-        )  # fmt: skip
 
 
 def _units(model: nn.Module, parallel: ParallelConfig) -> list[int]:

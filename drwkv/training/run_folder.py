@@ -14,13 +14,16 @@ import time
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
 from drwkv.data.manifest import Manifest
 from drwkv.files import write_whole
 from drwkv.parallel.distributed import World
+
+if TYPE_CHECKING:
+    from drwkv.training.warm_start import Origin
 
 log = logging.getLogger("drwkv")
 REQUEUE = "requeue"
@@ -29,7 +32,9 @@ DATA = "data.json"
 PACKAGES = ("torch", "numpy", "deepspeed", "diffusers", "safetensors", "webdataset", "triton")
 
 
-def begin(folder: Path, config: Any, manifest: Manifest, world: World, *, step: int) -> None:
+def begin(
+    folder: Path, config: Any, manifest: Manifest, world: World, *, step: int, origin: Origin | None = None
+) -> None:
     """Write config.yaml and the data's manifest, add this start to starts.jsonl, drop an old request to requeue."""
     if not world.is_first:
         return
@@ -44,10 +49,17 @@ def begin(folder: Path, config: Any, manifest: Manifest, world: World, *, step: 
         "commit": commit(),
         "python": platform.python_version(),
         "versions": versions(),
+        "start_from": asdict(origin) if origin else None,
     }
     with (folder / "starts.jsonl").open("a") as file:
         file.write(json.dumps(start) + "\n")
     log.info("run %s: from step %d on %d processes (%s)", folder, step, world.size, world.device.type)
+    if origin:
+        log.info("first weights: %s of %s (sha256 %s)", origin.weights, origin.path, origin.sha256)
+        if origin.vae_hash not in (None, manifest.vae_hash):
+            log.warning("first weights: trained on latents of another VAE, sha256 %s", origin.vae_hash)
+    elif config.run.start_from:
+        log.info("run.start_from=%s is left aside: the run has its own checkpoints", config.run.start_from)
 
 
 def versions() -> dict[str, str | None]:

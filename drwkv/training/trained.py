@@ -14,7 +14,7 @@ from drwkv.config import TrainConfig
 from drwkv.convert import build, read_process
 from drwkv.data.manifest import Manifest
 from drwkv.diffusion.gaussian import GaussianConfig
-from drwkv.models.config import from_config
+from drwkv.models.config import without_values
 from drwkv.training.checkpoint import MARK, latest, read_full
 from drwkv.training.monitor import read_lines
 from drwkv.training.run_folder import CONFIG, DATA
@@ -28,7 +28,7 @@ class TrainedModel:
     process: GaussianConfig  # the process that it was trained for
     manifest: Manifest | None  # of its training data; None for a file that does not tell
     name: str  # where the weights were read from
-    losses: list[tuple[int, float]]  # (step, loss) of its training, as far as known
+    run: Path | None  # folder of the run that trained it; None for a file
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -41,35 +41,44 @@ class TrainedModel:
         """Labels are 0..num_classes-1; None: unconditional."""
         return cast(int | None, self.model.num_classes)
 
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """(step, loss) of its training, as far as known; read from the run's folder."""
+        lines = read_lines(self.run / "metrics.jsonl") if self.run else iter(())
+        return [(line["step"], line["loss"]) for line in lines if line.get("loss")]
+
+
+def find(path: str, key: str = "checkpoint") -> Path:
+    """The file, or the whole checkpoint, that `path` names: a file, a checkpoint, or a run's folder and its newest.
+
+    Raises FileNotFoundError or ValueError that says what `path`, given as config key `key`, should have been.
+    """
+    place = Path(path)
+    if place.is_file() or (place / MARK).is_file():
+        return place
+    if not place.is_dir():
+        raise FileNotFoundError(f"{key} {place}: no such file or folder")
+    found = latest(place / "checkpoints")
+    if found is None:
+        raise ValueError(
+            f"{key} {place}: holds no whole checkpoint; give a run folder, or step_N in its checkpoints"
+        )
+    return found
+
 
 def open_trained(path: str, weights: str) -> TrainedModel:
     """The `weights` ("ema" or "model") at `path`, read without running any code of the file.
 
     Raises FileNotFoundError or ValueError that says what `path` should have been.
     """
-    place = Path(path)
+    place = find(path)
     if place.is_file():
         model = build(place, weights)
-        process = GaussianConfig(
-            **(read_process(place) or {"learn_variance": cast(Any, model).learn_variance})
-        )
-        return TrainedModel(model, process, None, str(place), [])
-    if not place.is_dir():
-        raise FileNotFoundError(f"checkpoint {place}: no such file or folder")
-    if (place / MARK).is_file():
-        checkpoint, folder = place, place.parent.parent
-    else:
-        folder, found = place, latest(place / "checkpoints")
-        if found is None:
-            raise ValueError(
-                f"checkpoint {place}: holds no whole checkpoint; give a run folder, or step_N in its checkpoints"
-            )
-        checkpoint = found
-    config = read_dumped(TrainConfig, folder / CONFIG)
-    model = from_config(config.model, seed=config.run.seed)
-    model.load_state_dict(read_full(checkpoint, "ema" if weights == "ema" else "model"))
-    manifest = Manifest(**json.loads((folder / DATA).read_text()))
-    losses = [
-        (line["step"], line["loss"]) for line in read_lines(folder / "metrics.jsonl") if line.get("loss")
-    ]
-    return TrainedModel(model, config.diffusion, manifest, str(checkpoint), losses)
+        process = read_process(place) or {"learn_variance": cast(Any, model).learn_variance}
+        return TrainedModel(model, GaussianConfig(**process), None, str(place), None)
+    run = place.parent.parent
+    config = read_dumped(TrainConfig, run / CONFIG)
+    model = without_values(config.model)
+    model.load_state_dict(read_full(place, "ema" if weights == "ema" else "model"), assign=True)
+    manifest = Manifest(**json.loads((run / DATA).read_text()))
+    return TrainedModel(model, config.diffusion, manifest, str(place), run)

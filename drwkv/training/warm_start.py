@@ -1,0 +1,122 @@
+"""The weights that a new run starts from, where another run or a release has left them.
+
+Only weights: the new run has its own steps and samples from 0, no moments, and an average that starts from the same
+weights. Opening them is trained.py's; going on with a run of one's own is state.py's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drwkv.config import RunConfig
+from drwkv.models.layers import resize_positions
+from drwkv.parallel.distributed import World
+from drwkv.training.checkpoint import MARK, damage, latest
+from drwkv.training.trained import find, open_trained
+
+KEY = "run.start_from"
+POSITIONS = "pos_embed"
+# What two models may differ in though one takes the other's weights.
+FREE = {"input_size", "drop_path_rate"}
+ADVICE = "set model.* to what it was trained with"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run's first weights came from, for starts.jsonl."""
+
+    path: str  # the file, or the checkpoint, that was read
+    weights: str  # "ema" or "model"
+    sha256: str  # of the file; of a checkpoint's mark, which holds a checksum of each of its files
+    input_size: tuple[int, int]  # (H, W) that its positions were made for
+    vae_hash: str | None  # of the VAE that made its latents; None: pixels, or a file that does not tell
+
+
+def begin(model: nn.Module, run: RunConfig, world: World) -> Origin | None:
+    """Put the weights that `run.start_from` names into `model`, which is not wrapped yet. Collective.
+
+    None, and nothing is read, where it names none or the run has a checkpoint of its own. Raises ValueError or
+    FileNotFoundError in one line where there are no such weights, or they are another model's.
+    """
+    if run.start_from is None:
+        return None
+    own = latest(Path(run.folder) / "checkpoints") is not None
+    if world.from_first(own):
+        return None
+
+    # All ranks read what the first has found: a run that still goes on may have saved another one since.
+    place = Path(world.from_first(str(find(run.start_from, KEY))))
+    _check_whole(place, world)
+    trained = open_trained(str(place), run.start_weights)
+    take(model, trained.model, where=trained.name)
+    return Origin(
+        path=str(place.resolve()),
+        weights=run.start_weights,
+        sha256=world.from_first(_sha256(place) if world.is_first else None),
+        input_size=trained.shape[1:],
+        vae_hash=trained.manifest.vae_hash if trained.manifest else None,
+    )
+
+
+@torch.no_grad()
+def take(model: nn.Module, source: nn.Module, *, where: str) -> None:
+    """Copy all parameters of `source` into `model`; positions of another input size are interpolated.
+
+    As the model itself does it for an image of another size, so that on the new size it gives what `source` gives.
+    Raises ValueError, and `model` is as it was, where any other shape differs.
+    """
+    mine: dict[str, Tensor] = dict(model.named_parameters())
+    its: dict[str, Tensor] = dict(source.named_parameters())
+    if POSITIONS in its and POSITIONS in mine:
+        its[POSITIONS] = resize_positions(its[POSITIONS], _grid(source), _grid(model))
+    everything = {**mine, **its}
+    differing = [name for name in everything if _shape(its, name) != _shape(mine, name)]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"config key {KEY!r}: {where} holds another model: {len(differing)} of {len(everything)} tensors differ, "
+            f"the first is {name}, {_shape(its, name)} there and {_shape(mine, name)} in this config: {ADVICE}"
+        )
+    its_settings = _settings(source)
+    for key, value in _settings(model).items():
+        if its_settings.get(key) != value:
+            raise ValueError(
+                f"config key {KEY!r}: {where} holds another model: {key} is {its_settings.get(key)!r} there and "
+                f"{value!r} in this config: {ADVICE}"
+            )
+    for name, parameter in mine.items():
+        parameter.copy_(its[name])
+
+
+def _grid(model: nn.Module) -> tuple[int, int]:
+    return model.grid  # type: ignore[return-value]
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    """What a model was made with, as far as another must have it too."""
+    config: dict[str, Any] = model.config  # type: ignore[assignment]
+    return {key: value for key, value in config.items() if key not in FREE}
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
+    return str(tuple(tensors[name].shape)) if name in tensors else "missing"
+
+
+def _check_whole(place: Path, world: World) -> None:
+    """ValueError on all ranks where a checkpoint's bytes are not those that were saved. Collective."""
+    said = world.gather(damage(place, world) if place.is_dir() else [])
+    problems = [problem for of_rank in said for problem in of_rank]
+    if problems:
+        raise ValueError(f"config key {KEY!r}: {place} is damaged: {problems[0]}: give another checkpoint")
+
+
+def _sha256(place: Path) -> str:
+    with (place / MARK if place.is_dir() else place).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
