@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from drwkv.compose import load
-from drwkv.config import TrainConfig
+from drwkv.config import TrainConfig, check_ranks, check_train
 from drwkv.models.config import from_config
 from drwkv.parallel.activations import checkpoint_blocks
-from drwkv.training.memory import predict
+from drwkv.training.memory import GIB, predict
 
 SMALL = [
     "model.name=DRWKV", "model.input_size=[16,16]", "model.in_channels=4", "model.num_classes=10",
     "model.options={patch_size: 2, hidden_size: 64, depth: 7}", "run.batch_size=4",
 ]  # fmt: skip
 BASE = ["model.name=DRWKV-B/2", "model.input_size=[64,64]", "model.num_classes=1000", "run.batch_size=1"]
+TRAINING_CONFIGS = [
+    path
+    for path in sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
+    if "train_dist.py" in path.read_text()
+]
 MODES = {
     "none": [],
     "full": ["parallel.activations.checkpoint=full"],
@@ -65,3 +75,30 @@ def test_full_checkpointing_takes_a_fifth_of_the_activations_at_1024_tokens() ->
     assert 2 * sizes["selective"] <= sizes["none"]
     for mode, config in configs.items():
         assert predict(config, 1).activations == pytest.approx(sizes[mode], rel=0.1), mode
+
+
+def stated(path: Path) -> tuple[TrainConfig, int, float]:
+    """A config, and the ranks and GiB that its header names."""
+    text = path.read_text()
+    found = re.search(r"^# By the forecast, each of (\d+) ranks needs ([\d.]+) GiB", text, flags=re.MULTILINE)
+    assert found, f"{path.name} does not say what the forecast of memory says"
+    return load(TrainConfig, ["--config", str(path)]), int(found[1]), float(found[2])
+
+
+@pytest.mark.parametrize("path", TRAINING_CONFIGS, ids=lambda path: path.stem)
+def test_every_training_config_is_possible_on_the_ranks_that_its_command_starts(path: Path) -> None:
+    config, ranks, _ = stated(path)
+    check_train(config)
+    check_ranks(config, ranks)
+    (command,) = re.findall(r"^# Command: +(.*)$", path.read_text(), flags=re.MULTILINE)
+    words = shlex.split(command)
+    options = dict(itertools.pairwise(words))
+    assert ranks == int(options.get("--nnodes", "1")) * int(options.get("--nproc-per-node", "1"))
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("path", TRAINING_CONFIGS, ids=lambda path: path.stem)
+def test_the_forecast_of_every_training_config_is_the_one_that_it_states(path: Path) -> None:
+    config, ranks, gib = stated(path)
+    assert predict(config, ranks).total / GIB == pytest.approx(gib, rel=0.02)
