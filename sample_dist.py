@@ -119,13 +119,7 @@ def decoder(config: SampleConfig, trained: TrainedModel, world: World) -> Callab
     else:
         path = config.vae or (manifest.vae_id if manifest else None)
         assert path is not None
-        vae = latents.load_vae(path, device=world.device)
-        if manifest is not None and manifest.vae_hash:
-            latents.check_weights(vae, manifest.vae_hash, path=path, where=trained.name)
-        own_scale, own_shift = latents.vae_scaling(vae)
-        scale = own_scale if manifest is None or manifest.scale is None else manifest.scale
-        shift = own_shift if manifest is None or manifest.shift is None else manifest.shift
-        to_images = lambda x0: latents.decode_latents(vae, x0, scale=scale, shift=shift)  # noqa: E731
+        to_images = latents.open_decoder(path, manifest, where=trained.name, device=world.device)
     return lambda x0: latents.encode_pixels(to_images(x0)).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 

@@ -33,6 +33,7 @@ from drwkv.training.objective import Objective, check_variance
 from drwkv.training.preview import Preview
 from drwkv.training.state import TrainState, go_back, resume
 from drwkv.training.supervision import supervised
+from drwkv.training.validation import Bank, Validation, open_bank
 
 log = logging.getLogger("drwkv")
 
@@ -51,6 +52,7 @@ def train(config: TrainConfig) -> None:
         GaussianProcess(**vars(config.diffusion)),
     )
     check_variance(model, process)
+    bank = open_bank(config.validation, data, config.model, process.num_timesteps)
     with session(timeout_sec=parallel.timeout_sec, cpu_threads=parallel.cpu_threads) as world:
         check_ranks(config, world.size)
         preflight.check_alike(config, world)
@@ -61,12 +63,12 @@ def train(config: TrainConfig) -> None:
             supervised(config.health, folder, world, timeout_sec=parallel.timeout_sec) as health,
             contextlib.ExitStack() as at_end,
         ):
-            _train(config, model, process, data, folder, world, health, at_end, origin)
+            _train(config, model, process, data, bank, folder, world, health, at_end, origin)
 
 
 def _train(
-    config: TrainConfig, model: nn.Module, process: GaussianProcess, data: Data, folder: Path, world: World,
-    health: Health, at_end: contextlib.ExitStack, origin: warm_start.Origin | None,
+    config: TrainConfig, model: nn.Module, process: GaussianProcess, data: Data, bank: Bank | None,
+    folder: Path, world: World, health: Health, at_end: contextlib.ExitStack, origin: warm_start.Origin | None,
 ) -> None:  # fmt: skip
     run = config.run
 
@@ -76,7 +78,7 @@ def _train(
         process, model, data.manifest, config.objective,
         seed=run.seed, label_drop=run.label_drop, device=world.device,
     )  # fmt: skip
-    preview = Preview(process, config.monitor, config.model, seed=run.seed, world=world)
+    preview = Preview(process, config.monitor, config.model, data.manifest, seed=run.seed, world=world)
     num_params = sum(parameter.numel() for parameter in model.parameters())
     preflight.check_offload(config.parallel, num_params, world)
     engine = wrap(model, partial(optimizer.build, config=config.optimizer), config.parallel, world)
@@ -98,6 +100,8 @@ def _train(
         folder, config.monitor, world, total_steps=run.total_steps, step=state.step,
         on_record=[state.note, health.note],
     )  # fmt: skip
+    validation = Validation(config.validation, bank, objective, state, monitor, folder)
+    health.guard(partial(validation.read, health.is_stopping))
     batches = Batches(
         partial(data.batches, world=world, accumulate=run.accumulate, interrupted=health.is_stopping)
     )
@@ -131,11 +135,15 @@ def _train(
             go_back(state, checkpoints, bad_n)
             health.gone_back()
             monitor.rewind(state.step)
+            validation.rewind(state.step)
             audit.rewind(state.step)
             snapshots.rewind(state.step)
             continue
 
-        # Save and show.
+        # Measure, save and show; what is saved has been measured, so that a resume misses nothing.
+        if validation.due(state.step):
+            health.at(state.step, "validating")
+            validation.measure()
         if checkpoints.due(state.step):
             health.at(state.step, "saving")
             monitor.flush()

@@ -27,6 +27,7 @@ from drwkv.training.monitor import MonitorConfig
 from drwkv.training.objective import ObjectiveConfig
 from drwkv.training.optimizer import OptimizerConfig
 from drwkv.training.power_ema import WIDEST
+from drwkv.training.validation import ValidationConfig, check_validation
 from drwkv.training.watch import stall_sec
 
 
@@ -75,6 +76,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
 
 @dataclass
@@ -145,6 +147,7 @@ def check_train(config: TrainConfig) -> None:
         value = getattr(config.checkpoint, key)
         require(value >= (key == "keep_last"), f"checkpoint.{key}", value, "give a positive number")
     _check_grids(config)
+    check_validation(config.validation, config.data.select, config.diffusion.num_timesteps)
     _check_stages(config)
 
 
@@ -217,7 +220,7 @@ def _check_health(config: TrainConfig) -> None:
     limit = stall_sec(health, timeout_sec)
     advice = f"give less than parallel.timeout_sec={timeout_sec}, at which collectives give up, or 0"
     require(0 <= limit < timeout_sec, "health.stall_sec", limit, advice)
-    if any(map(is_remote, config.data.paths)):
+    if any(map(is_remote, [*config.data.paths, *config.validation.paths])):
         patience = config.data.timeout_sec
         advice = f"give less than {limit or timeout_sec} s, when other ranks give up (health.stall_sec)"
         require(0 < patience < (limit or timeout_sec), "data.timeout_sec", patience, advice)
@@ -227,8 +230,11 @@ def _check_grids(config: TrainConfig) -> None:
     monitor, channels = config.monitor, config.model.in_channels
     if monitor.grid_every_steps:
         require(monitor.grid_columns >= 1, "monitor.grid_columns", monitor.grid_columns, "give 1 or more")
-        advice = f"grids are drawn of pixels, and the model has {channels} channels: set it to 0"
-        require(channels in (1, 3), "monitor.grid_every_steps", monitor.grid_every_steps, advice)
+        advice = (
+            f"the model's {channels} channels are no pixels: give monitor.vae=FOLDER to decode them, or 0"
+        )
+        is_shown = channels in (1, 3) or monitor.vae is not None
+        require(is_shown, "monitor.grid_every_steps", monitor.grid_every_steps, advice)
         check_sampler(monitor.grid_sampler, config.diffusion.num_timesteps, config.model.num_classes)
 
 

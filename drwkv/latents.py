@@ -9,11 +9,16 @@ Shape suffixes: B batch, C channels, H W pixels, h w latent pixels.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from drwkv.data.manifest import Manifest
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as AutoencoderKL clamps it
 
@@ -81,6 +86,22 @@ def decode_latents(vae: Any, z_BChw: Tensor, *, scale: float, shift: float) -> T
     """The model's latents (B, C, h, w) -> images (B, 3, H, W) float32, about [-1, 1]; in the VAE's dtype."""
     latents = z_BChw.float() / scale + shift
     return vae.decode(latents.to(vae.dtype)).sample.float()
+
+
+def open_decoder(
+    path: str, manifest: Manifest | None, *, where: str, device: torch.device | str
+) -> Callable[[Tensor], Tensor]:
+    """From latents (B, C, h, w) of `where` to images (B, 3, H, W) by the VAE at `path`, which must be the right one.
+
+    Scale and shift are those of the `manifest` of the latents, or, where it has none, of the VAE's own config.
+    """
+    vae = load_vae(path, device=device)
+    if manifest is not None and manifest.vae_hash:
+        check_weights(vae, manifest.vae_hash, path=path, where=where)
+    own_scale, own_shift = vae_scaling(vae)
+    scale = own_scale if manifest is None or manifest.scale is None else manifest.scale
+    shift = own_shift if manifest is None or manifest.shift is None else manifest.shift
+    return partial(decode_latents, vae, scale=scale, shift=shift)
 
 
 def hash_weights(module: nn.Module) -> str:

@@ -43,6 +43,7 @@ class Purpose(enum.IntEnum):
     SHARD_PLAN = 9
     SAMPLE_NOISE = 10
     SAMPLE_STEP = 11
+    VALIDATION = 12
 
 
 def bits(seed: int, purpose: int, n: Tensor, num: int, *, step: int = 0) -> Tensor:

@@ -351,22 +351,22 @@ def _order_of(shard_set: ShardSet, config: DataConfig, seed: int) -> Order:
     return SelectedOrder(selection, seed=seed, streams=config.streams, window=config.window)
 
 
-def check_alike(sets: Sequence[ShardSet]) -> None:
-    """ValueError unless all sets hold the same kind of thing."""
+def check_alike(sets: Sequence[ShardSet], *, key: str = "data.paths") -> None:
+    """ValueError unless all sets, named by config key `key`, hold the same kind of thing."""
     first = sets[0].manifest
     for other in sets[1:]:
-        for key in ("kind", "sample_shape", "num_classes", "dtype", "scale", "shift", "vae_hash"):
-            if getattr(other.manifest, key) != getattr(first, key):
+        for name in ("kind", "sample_shape", "num_classes", "dtype", "scale", "shift", "vae_hash"):
+            if getattr(other.manifest, name) != getattr(first, name):
                 raise ValueError(
-                    f"shard sets that do not mix: {key} is {getattr(first, key)!r} in {sets[0].path}, "
-                    f"{getattr(other.manifest, key)!r} in {other.path}; take one of them out of data.paths"
+                    f"shard sets that do not mix: {name} is {getattr(first, name)!r} in {sets[0].path}, "
+                    f"{getattr(other.manifest, name)!r} in {other.path}; take one of them out of {key}"
                 )
         names, others = first.class_names, other.manifest.class_names
         if names and others and names != others:
             label = next(label for label, (a, b) in enumerate(zip(names, others, strict=True)) if a != b)
             raise ValueError(
                 f"shard sets that do not mix: class {label} is {names[label]!r} in {sets[0].path}, "
-                f"{others[label]!r} in {other.path}; take one of them out of data.paths"
+                f"{others[label]!r} in {other.path}; take one of them out of {key}"
             )
 
 

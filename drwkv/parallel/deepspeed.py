@@ -148,6 +148,9 @@ class ZeroEngine(Engine):
         self.module.set_gradient_accumulation_boundary(last)
         yield
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext()  # the model's forward enters its own
+
     def _synchronised(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext()
 

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -104,10 +104,13 @@ class Engine(ABC):
     @contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:
         """Forward and backward of one micro-batch belong inside; gradients are reduced in the last one of a step."""
-        bf16 = self.config.precision != "fp32"
-        autocast = torch.autocast(self.world.device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
-        with self._synchronised(last), autocast:
+        with self._synchronised(last), self.autocast():
             yield
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """A forward inside computes in the types of training; `micro_step` enters it by itself."""
+        bf16 = self.config.precision != "fp32"
+        return torch.autocast(self.world.device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of `loss`, this rank's share of the global loss. Collectives average: undo that."""

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +38,9 @@ class MonitorConfig:
     grid_every_steps: int = 0  # steps between grids of samples from the EMA; 0: none
     grid_columns: int = 8  # samples of each class in a grid (of all, without classes)
     grid_sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(name="ddim", steps=20))
+    vae: str | None = (
+        None  # folder or hub name of the VAE that decodes grids of latents; None: they are pixels
+    )
     progress: bool = True  # progress bar on stderr of rank 0
 
 
@@ -142,6 +145,13 @@ class Monitor:
             line = {"step": step, "n": n, "num_samples": num_samples, "skipped": True}
             self._metrics.write(json.dumps(line) + "\n")
             self._metrics.flush()
+
+    def show(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Show numbers, by name, measured after `step` steps."""
+        if self._writer is not None:
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
 
     def grid(self, step: int, image_HWC: np.ndarray) -> None:
         """Show a grid of samples, uint8 (H, W, C), drawn after `step` steps."""

@@ -5,7 +5,9 @@ The maths of the loss is drwkv.diffusion's, the random numbers are rng.py's, the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,6 +17,9 @@ from drwkv import latents, rng
 from drwkv.data.loader import Batch
 from drwkv.data.manifest import Manifest
 from drwkv.diffusion.gaussian import GaussianProcess
+
+# Steps of rng.Purpose.VALIDATION; validation.py has the one below.
+HELD_OUT_POSTERIOR, HELD_OUT_NOISE = 2, 3
 
 
 @dataclass
@@ -78,25 +83,42 @@ class Objective:
     def inputs(self, batch: Batch) -> Inputs:
         """Clean samples, timesteps, noise, labels and keep masks of `batch`, on the device."""
         n = batch.n.to(self._device, non_blocking=True)
-        x0 = self._clean(batch.x.to(self._device, non_blocking=True), n)
+        x0 = self._clean(batch, lambda shape: rng.normal(self._seed, rng.Purpose.POSTERIOR, n, shape))
         t = rng.integers(self._seed, rng.Purpose.TIMESTEP, n, self._process.num_timesteps)
         eps = rng.normal(self._seed, rng.Purpose.NOISE, n, x0.shape[1:])
         x_t = self._process.q_sample(x0, t, eps)
         return Inputs(x0, x_t, t, eps, self._labels(batch, n), self._keep(n))
 
+    def held_out_inputs(self, batch: Batch, t: Tensor, *, seed: int) -> Inputs:
+        """Inputs of samples that are measured, not trained on, at timesteps t (B,): no label or block is dropped.
+
+        Their noise is a function of (seed, n) under a purpose of its own, so that none of it is trained on either.
+        """
+        n, t = batch.n.to(self._device, non_blocking=True), t.to(self._device, non_blocking=True)
+        draw = partial(rng.normal, seed, rng.Purpose.VALIDATION, n)
+        x0 = self._clean(batch, partial(draw, step=HELD_OUT_POSTERIOR))
+        eps = draw(x0.shape[1:], step=HELD_OUT_NOISE)
+        y = None if self._num_classes is None else batch.y.to(self._device, non_blocking=True)
+        return Inputs(x0, self._process.q_sample(x0, t, eps), t, eps, y, None)
+
     def losses(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Per-sample losses (B,) float32 of `model` on `inputs`."""
+        return self.terms(model, inputs)["loss"]
+
+    def terms(self, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+        """The losses and what they are made of: {loss, mse, vb}, each (B,) float32."""
         out = model(inputs.x_t, inputs.t, inputs.y, keep=inputs.keep)
         return self._process.losses(
             out, inputs.x0, inputs.x_t, inputs.t, inputs.eps,
             min_snr_gamma=self._min_snr_gamma, vlb_weight=self._vlb_weight,
-        )["loss"]  # fmt: skip
+        )  # fmt: skip
 
-    def _clean(self, x: Tensor, n: Tensor) -> Tensor:
+    def _clean(self, batch: Batch, draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
+        """Clean samples on the device; `draw` gives the posterior's noise of a shape, where there is one."""
+        x = batch.x.to(self._device, non_blocking=True)
         if self._scale is None or self._shift is None:
             return latents.decode_pixels(x)
-        shape = (x.shape[1] // 2, *x.shape[2:])
-        eps = rng.normal(self._seed, rng.Purpose.POSTERIOR, n, shape)
+        eps = draw((x.shape[1] // 2, *x.shape[2:]))
         return latents.sample_posterior(x, eps, scale=self._scale, shift=self._shift)
 
     def _labels(self, batch: Batch, n: Tensor) -> Tensor | None:

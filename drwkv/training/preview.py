@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from torch import Tensor
 
+from drwkv.data.manifest import Manifest
 from drwkv.diffusion.gaussian import GaussianProcess
 from drwkv.evaluation.pictures import grid_image
-from drwkv.latents import encode_pixels
+from drwkv.latents import encode_pixels, open_decoder
 from drwkv.models.config import ModelConfig
 from drwkv.parallel.distributed import World
 from drwkv.parallel.engine import Engine
@@ -22,10 +26,18 @@ class Preview:
     """Draws the same images 0, 1, 2, ... of the run's seed each time, so that grids of two steps can be compared."""
 
     def __init__(
-        self, process: GaussianProcess, config: MonitorConfig, model: ModelConfig, *, seed: int, world: World
-    ) -> None:
+        self, process: GaussianProcess, config: MonitorConfig, model: ModelConfig, manifest: Manifest, *, seed: int,
+        world: World,
+    ) -> None:  # fmt: skip
         self._process, self._config, self._model = process, config, model
         self._seed, self._world = seed, world
+        self._decode: Callable[[Tensor], Tensor] = lambda x0: x0
+        if config.grid_every_steps and config.vae is not None:
+            if manifest.kind == "pixels":
+                raise ValueError(
+                    f"config key 'monitor.vae' is {config.vae!r}, but the data are pixels: give monitor.vae=null"
+                )
+            self._decode = open_decoder(config.vae, manifest, where="data.paths", device=world.device)
 
     def draw(self, engine: Engine, ema: Ema) -> np.ndarray:
         """One row a class (the first classes, if there are more than 16) -> uint8 (H, W, C) grid. Collective."""
@@ -49,6 +61,8 @@ class Preview:
                 seed=self._seed,
             )
         engine.module.train()
-        images = np.concatenate(self._world.gather(encode_pixels(x0).cpu().numpy()))[: len(ids)]
+        # One at a time: a VAE's forward takes far more memory than the latents.
+        mine_drawn = torch.cat([encode_pixels(self._decode(one)) for one in x0.split(1)])
+        images = np.concatenate(self._world.gather(mine_drawn.cpu().numpy()))[: len(ids)]
         labels = (ids % rows).numpy() if num_classes else None
         return np.asarray(grid_image(images.transpose(0, 2, 3, 1), labels, columns=columns).convert("RGB"))
