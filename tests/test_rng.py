@@ -145,7 +145,7 @@ def test_seeds_purposes_steps_and_counters_draw_independently():
 
 def test_the_purposes_keep_their_numbers():
     names = "PARAMETER ORDER FLIP POSTERIOR TIMESTEP NOISE LABEL_DROP STOCHASTIC_DEPTH SHARD_PLAN"
-    names += " SAMPLE_NOISE SAMPLE_STEP"
+    names += " SAMPLE_NOISE SAMPLE_STEP VALIDATION"
     assert {purpose.name: purpose.value for purpose in Purpose} == {
         name: i for i, name in enumerate(names.split(), start=1)
     }

@@ -215,7 +215,6 @@ class Validation:
 
     def measure(self) -> None:
         """Measure both sets of weights as they stand now, and show the numbers. Collective."""
-        self._monitor.flush()  # waits for the last step, whose time this is not
         module = self._state.engine.module
         module.eval()
         lines = [self._line("raw")]

@@ -17,6 +17,7 @@ from drwkv.config import TrainConfig, check_train
 from drwkv.data.loader import Batch, open_data
 from drwkv.diffusion.gaussian import GaussianProcess
 from drwkv.models import create
+from drwkv.storage import open_storage
 from drwkv.training.objective import Objective
 from drwkv.training.validation import Bank, ValidationConfig, open_bank, timesteps
 
@@ -153,21 +154,22 @@ def test_one_checkpoint_gives_the_same_bits_on_any_ranks_and_under_any_engine(
         assert least <= worst <= most, f"{name}: {worst:.1e}"
 
 
+@pytest.mark.parametrize(
+    "engine", ["fsdp", *(pytest.param(e, marks=pytest.mark.proof) for e in ("ddp", "zero3"))]
+)
 def test_training_is_the_same_to_the_bit_with_validation_and_without(
-    applications: Applications, digits: Path, tmp_path: Path
+    applications: Applications, digits: Path, tmp_path: Path, engine: str
 ) -> None:
     runs = [
-        [*SMALL, f"run.folder={tmp_path / f'{engine}-{every}'}", f"data.paths=[{digits / 'train'}]",
-         "run.total_steps=4", f"parallel.engine={engine}", f"validation.every_steps={every}",
-         "monitor.tensorboard_every_steps=0"]
-        for engine in ("fsdp", "zero3") for every in (0, 2)
+        [*SMALL, f"run.folder={tmp_path / str(every)}", f"data.paths=[{digits / 'train'}]", "run.total_steps=4",
+         f"parallel.engine={engine}", f"validation.every_steps={every}", "monitor.tensorboard_every_steps=0"]
+        for every in (0, 2)
     ]  # fmt: skip
     (tmp_path / "job.json").write_text(json.dumps(runs))
     applications.run("tests/support/training_runs.py", str(tmp_path / "job.json"), world_size=2)
-    for engine in ("fsdp", "zero3"):
-        assert losses(tmp_path / f"{engine}-2") == losses(tmp_path / f"{engine}-0"), engine
-        assert [line["step"] for line in lines_of(tmp_path / f"{engine}-2")] == [2, 2, 4, 4]
-        assert not (tmp_path / f"{engine}-0" / "validation.jsonl").exists()
+    assert losses(tmp_path / "2") == losses(tmp_path / "0")
+    assert [line["step"] for line in lines_of(tmp_path / "2")] == [2, 2, 4, 4]
+    assert not (tmp_path / "0" / "validation.jsonl").exists()
 
 
 def test_a_resumed_run_shows_each_validation_once(
@@ -274,6 +276,21 @@ def test_sets_of_their_own_and_mixed_sets_give_their_share(arguments: list[str],
     )
     assert mixed is not None and np.bincount(mixed.which).tolist() == [300, 100]
     assert bank_of(arguments, "validation.every_steps=0", "data.select.held_out=0") is None
+
+
+def test_a_set_on_s3_is_read_through_the_cache_to_the_same_bank(
+    arguments: list[str], digits: Path, tmp_path: Path, s3, use_s3
+) -> None:
+    use_s3(s3)
+    place = f"s3://{s3.bucket()}/digits"
+    source, target = open_storage(digits / "test"), open_storage(place)
+    for name in source.names():
+        target.write(name, source.read(name))
+    own = ["data.select.held_out=0", "validation.num_samples=350", f"data.cache={tmp_path / 'cache'}"]
+    banks = [bank_of(arguments, *own, f"validation.paths=[{path}]") for path in (digits / "test", place)]
+    a, b = (bank.read(np.arange(350)) for bank in banks if bank is not None)
+    assert torch.equal(a.sample_id, b.sample_id) and torch.equal(a.x, b.x) and torch.equal(a.y, b.y)
+    assert len(list((tmp_path / "cache").rglob("*.tar*"))) >= 2
 
 
 def test_the_held_out_part_is_measured_whole_however_training_limits_or_balances_its_own(
