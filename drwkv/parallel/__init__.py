@@ -1,9 +1,9 @@
 """Ways to run one model on many ranks, behind one interface (engine.py). What is trained is in drwkv.training."""
 
-import torch
 from torch import nn
 
 from drwkv.parallel.activations import ActivationConfig, checkpoint_blocks
+from drwkv.parallel.compilation import compile_blocks
 from drwkv.parallel.distributed import World, session
 from drwkv.parallel.engine import Engine, MakeOptimizer, ParallelConfig
 
@@ -18,9 +18,7 @@ def wrap(model: nn.Module, make_optimizer: MakeOptimizer, config: ParallelConfig
     blocks: list[nn.Module] = model.blocks_in_order()  # type: ignore[operator]
     checkpoint_blocks(blocks, config.activations)
     if config.compile:
-        for block in blocks:
-            # Engines hang hooks on modules: those stay outside of what is compiled.
-            block.forward = torch.compile(block.forward)
+        compile_blocks(blocks)
     # Imported when one is chosen: FSDP alone takes half a second, in every process, of data_prep too.
     if config.engine == "ddp":
         from drwkv.parallel.ddp import DdpEngine
