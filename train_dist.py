@@ -31,7 +31,9 @@ from drwkv.training.health import Health
 from drwkv.training.monitor import Audit, Monitor, StepRecord, every, logging_to
 from drwkv.training.objective import Objective, check_variance
 from drwkv.training.preview import Preview
+from drwkv.training.speed import speed_of
 from drwkv.training.state import TrainState, go_back, resume
+from drwkv.training.stragglers import Stragglers
 from drwkv.training.supervision import supervised
 from drwkv.training.validation import Bank, Validation, open_bank
 
@@ -74,6 +76,7 @@ def _train(
 
     # Set up.
     torch.backends.cuda.matmul.allow_tf32 = config.parallel.tf32
+    speed = speed_of(model, config.parallel.precision, config.monitor.peak_tflops, world)
     objective = Objective(
         process, model, data.manifest, config.objective,
         seed=run.seed, label_drop=run.label_drop, device=world.device,
@@ -98,10 +101,11 @@ def _train(
     audit = Audit(folder / "audit", world, enabled=run.audit, step=state.step)
     monitor = Monitor(
         folder, config.monitor, world, total_steps=run.total_steps, step=state.step,
-        on_record=[state.note, health.note],
+        on_record=[state.note, health.note], speed=speed,
     )  # fmt: skip
     validation = Validation(config.validation, bank, objective, state, monitor, folder)
     health.guard(partial(validation.read, health.is_stopping))
+    ranks = Stragglers(world, config.monitor.ranks_every_steps)
     batches = Batches(
         partial(data.batches, world=world, accumulate=run.accumulate, interrupted=health.is_stopping)
     )
@@ -113,7 +117,7 @@ def _train(
         # Fetch, and hear from all ranks whether to go on.
         health.at(state.step, "waiting for data")
         batch_size = run.batch_size_at(state.step)
-        micro_batches = health.guard(partial(batches.next, state.n, batch_size))
+        micro_batches = health.guard(partial(ranks.fetch, partial(batches.next, state.n, batch_size)))
         health.note_error(checkpoints.failure() or snapshots.failure())
         health.at(state.step, "hearing from all ranks")
         if stop_reason := health.agree():
@@ -125,7 +129,10 @@ def _train(
             monitor.left_out(state.step - 1, state.n - batch_size, batch_size)
         else:
             assert micro_batches is not None
-            monitor.record(_step(config, state, objective, audit, micro_batches, batch_size))
+            with ranks.working():
+                record = _step(config, state, objective, audit, micro_batches, batch_size)
+            monitor.record(record)
+            monitor.beside(ranks.compare())
             state.advance(batch_size)
 
         # Go back over steps that were not finite.
@@ -143,17 +150,18 @@ def _train(
         # Measure, save and show; what is saved has been measured, so that a resume misses nothing.
         if validation.due(state.step):
             health.at(state.step, "validating")
-            validation.measure()
+            with monitor.aside():
+                validation.measure()
         if checkpoints.due(state.step):
             health.at(state.step, "saving")
-            monitor.flush()
-            if not health.in_bad_row:
-                checkpoints.save(state.step, state.tensors(), state.scalars(), wait=False)
+            with monitor.aside():
+                if not health.in_bad_row:
+                    checkpoints.save(state.step, state.tensors(), state.scalars(), wait=False)
         snapshots.save_if_due(state)
         if every(state.step, config.monitor.grid_every_steps):
             health.at(state.step, "drawing a grid")
-            monitor.grid(state.step, preview.draw(engine, ema))
-            monitor.restart_clock()
+            with monitor.aside():
+                monitor.grid(state.step, preview.draw(engine, ema))
 
     # Save the end, or what a signal or the time has ended.
     health.at(state.step, "saving")
@@ -162,6 +170,7 @@ def _train(
     audit.close()
     checkpoints.save(state.step, state.tensors(), state.scalars(), wait=True)
     snapshots.finish()
+    monitor.tell_goodput()
     if stop_reason:
         run_folder.ask_requeue(folder, world, reason=stop_reason, step=state.step)
     health.end("requeue" if stop_reason else "finished", stop_reason)

@@ -228,6 +228,9 @@ def _check_health(config: TrainConfig) -> None:
 
 def _check_grids(config: TrainConfig) -> None:
     monitor, channels = config.monitor, config.model.in_channels
+    peak, looks = monitor.peak_tflops, monitor.ranks_every_steps
+    require(looks >= 0, "monitor.ranks_every_steps", looks, "give 0 for none, or more")
+    require(peak is None or peak >= 0, "monitor.peak_tflops", peak, "give TFLOP/s, 0 for no MFU, or null")
     if monitor.grid_every_steps:
         require(monitor.grid_columns >= 1, "monitor.grid_columns", monitor.grid_columns, "give 1 or more")
         advice = (

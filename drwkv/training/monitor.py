@@ -23,11 +23,14 @@ from tqdm import tqdm
 
 from drwkv.parallel.distributed import World
 from drwkv.sampling import SamplerConfig
+from drwkv.training.goodput import Goodput
+from drwkv.training.speed import Speed
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger("drwkv")
+NO_MFU = Speed()
 
 
 @dataclass
@@ -42,6 +45,8 @@ class MonitorConfig:
         None  # folder or hub name of the VAE that decodes grids of latents; None: they are pixels
     )
     progress: bool = True  # progress bar on stderr of rank 0
+    ranks_every_steps: int = 50  # steps between looks at all ranks for one that is slow; 0: none
+    peak_tflops: float | None = None  # matmul TFLOP/s of one rank, for the MFU; None: measured; 0: no MFU
 
 
 @dataclass(frozen=True)
@@ -67,14 +72,16 @@ class Monitor:
 
     def __init__(
         self, folder: Path, config: MonitorConfig, world: World, *, total_steps: int, step: int,
-        on_record: Sequence[Callable[[StepRecord, float, bool], None]],
+        on_record: Sequence[Callable[[StepRecord, float, bool], None]], speed: Speed = NO_MFU,
     ) -> None:  # fmt: skip
         self._folder, self._config, self._world, self._on_record = folder, config, world, on_record
-        self._total_steps = total_steps
+        self._total_steps, self._speed = total_steps, speed
         self._pending: tuple[StepRecord, float] | None = None  # with the seconds that its step took
         self._metrics: TextIO | None = None
         self._writer: SummaryWriter | None = None
         self._bar: tqdm | None = None
+        self._goodput: Goodput | None = None
+        self._beside: dict[str, float] = {}
         self._open(step)
 
     def _open(self, step: int) -> None:
@@ -82,6 +89,9 @@ class Monitor:
         if not self._world.is_first:
             return
         cut_back(self._folder / "metrics.jsonl", step)
+        self._goodput = Goodput(
+            read_lines(self._folder / "starts.jsonl"), read_lines(self._folder / "metrics.jsonl")
+        )
         self._metrics = (self._folder / "metrics.jsonl").open("a")
         self._bar = tqdm(
             total=self._total_steps,
@@ -115,14 +125,13 @@ class Monitor:
         loss, norm, found_inf = torch.stack([record.loss, record.grad_norm, record.found_inf]).tolist()
         for listener in self._on_record:
             listener(record, loss, bool(found_inf))
-        if self._metrics is None or self._bar is None:
+        if self._metrics is None or self._bar is None or self._goodput is None:
             return
-        numbers = {
-            "loss": loss,
-            "grad_norm": norm,
-            "lr": record.lr,
-            "images_per_sec": record.num_samples / seconds,
-        }
+        if not found_inf:
+            self._goodput.add(seconds)
+        speed = self._speed.numbers(record.num_samples, seconds)
+        numbers = {"loss": loss, "grad_norm": norm, "lr": record.lr, **speed}
+        beside, self._beside = self._beside, {}
         line = {
             "step": record.step,
             "n": record.n,
@@ -130,12 +139,15 @@ class Monitor:
             "skipped": bool(found_inf),
         }
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._metrics.write(json.dumps({**line, **finite, "seconds": seconds}) + "\n")
+        self._metrics.write(json.dumps({**line, **finite, **beside, "seconds": seconds}) + "\n")
         self._metrics.flush()
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {numbers['images_per_sec']:.0f} images/s", refresh=False)
+        mfu = f", MFU {speed['mfu']:.2f}" if "mfu" in speed else ""
+        self._bar.set_postfix_str(
+            f"loss {loss:.4f}, {speed['images_per_sec']:.0f} images/s{mfu}", refresh=False
+        )
         self._bar.update(record.step + 1 - self._bar.n)
         if self._writer is not None and every(record.step + 1, self._config.tensorboard_every_steps):
-            for name, value in numbers.items():
+            for name, value in {**numbers, "goodput": self._goodput.share()}.items():
                 self._writer.add_scalar(f"train/{name}", value, record.step)
 
     def left_out(self, step: int, n: int, num_samples: int) -> None:
@@ -153,15 +165,33 @@ class Monitor:
                 self._writer.add_scalar(name, value, step)
             self._writer.flush()
 
+    def beside(self, numbers: dict[str, float]) -> None:
+        """Write these numbers beside those of the step whose record waits."""
+        self._beside |= numbers
+        if self._writer is not None and self._pending is not None:
+            for name, value in numbers.items():
+                self._writer.add_scalar(f"ranks/{name}", value, self._pending[0].step)
+
     def grid(self, step: int, image_HWC: np.ndarray) -> None:
         """Show a grid of samples, uint8 (H, W, C), drawn after `step` steps."""
         if self._writer is not None:
             self._writer.add_image("samples/ema", image_HWC, step, dataformats="HWC")
             self._writer.flush()
 
-    def restart_clock(self) -> None:
-        """Leave what was done since the last record (a grid, a save) out of the next step's time."""
-        self._last_time = time.perf_counter()
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done inside (a grid, a save) belongs to no step's time. The step that has begun ends before."""
+        self.flush()
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._last_time += time.perf_counter() - begin
+
+    def tell_goodput(self) -> None:
+        """Log what share of the time since the run's first start its steps took."""
+        if self._goodput is not None:
+            log.info("%s", self._goodput.words())
 
     def close(self) -> None:
         """Write what waits and close every file."""

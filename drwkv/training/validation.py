@@ -232,7 +232,6 @@ class Validation:
                 "validation after step %d: loss %s on %d held-out samples, in %.1f s",
                 self._state.step, losses, self._config.num_samples, seconds,
             )  # fmt: skip
-        self._monitor.restart_clock()
 
     def _line(self, weights: str) -> dict[str, Any]:
         assert self._bank is not None
