@@ -31,6 +31,7 @@ from drwkv.training.health import Health
 from drwkv.training.monitor import Audit, Monitor, StepRecord, every, logging_to
 from drwkv.training.objective import Objective, check_variance
 from drwkv.training.preview import Preview
+from drwkv.training.profiling import StepProfiler
 from drwkv.training.speed import speed_of
 from drwkv.training.state import TrainState, go_back, resume
 from drwkv.training.stragglers import Stragglers
@@ -105,6 +106,8 @@ def _train(
     )  # fmt: skip
     validation = Validation(config.validation, bank, objective, state, monitor, folder)
     health.guard(partial(validation.read, health.is_stopping))
+    profiler = StepProfiler(config.profile, folder, world, monitor.aside)
+    at_end.callback(profiler.close)
     ranks = Stragglers(world, config.monitor.ranks_every_steps)
     batches = Batches(
         partial(data.batches, world=world, accumulate=run.accumulate, interrupted=health.is_stopping)
@@ -116,6 +119,7 @@ def _train(
     while state.step < run.total_steps:
         # Fetch, and hear from all ranks whether to go on.
         health.at(state.step, "waiting for data")
+        profiler.before(state.step)
         batch_size = run.batch_size_at(state.step)
         micro_batches = health.guard(partial(ranks.fetch, partial(batches.next, state.n, batch_size)))
         health.note_error(checkpoints.failure() or snapshots.failure())

@@ -27,6 +27,7 @@ from drwkv.training.monitor import MonitorConfig
 from drwkv.training.objective import ObjectiveConfig
 from drwkv.training.optimizer import OptimizerConfig
 from drwkv.training.power_ema import WIDEST
+from drwkv.training.profiling import ProfileConfig
 from drwkv.training.validation import ValidationConfig, check_validation
 from drwkv.training.watch import stall_sec
 
@@ -77,6 +78,7 @@ class TrainConfig:
     health: HealthConfig = field(default_factory=HealthConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 @dataclass
@@ -149,6 +151,11 @@ def check_train(config: TrainConfig) -> None:
     _check_grids(config)
     check_validation(config.validation, config.data.select, config.diffusion.num_timesteps)
     _check_stages(config)
+    steps = config.profile.steps
+    require(
+        not steps or (len(steps) == 2 and 0 <= steps[0] <= steps[1]), "profile.steps", steps,
+        "give the first and the last step, as in [20, 25], or [] for none",
+    )  # fmt: skip
 
 
 def _check_stages(config: TrainConfig) -> None:
