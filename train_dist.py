@@ -24,7 +24,7 @@ from drwkv.models.config import from_config
 from drwkv.parallel import World, session, wrap
 from drwkv.training import optimizer, preflight, run_folder, warm_start
 from drwkv.training.batches import Batches
-from drwkv.training.checkpoint import Checkpoints
+from drwkv.training.checkpoint import Checkpoints, folder_of
 from drwkv.training.ema import Ema, decay_at
 from drwkv.training.ema_snapshots import Snapshots
 from drwkv.training.health import Health
@@ -60,7 +60,7 @@ def train(config: TrainConfig) -> None:
         check_ranks(config, world.size)
         preflight.check_alike(config, world)
         preflight.check_folder(folder, world)
-        origin = warm_start.begin(model, config.run, world)
+        origin = warm_start.begin(model, config.run, config.checkpoint, world)
         with (
             logging_to(folder, world),
             supervised(config.health, folder, world, timeout_sec=parallel.timeout_sec) as health,
@@ -88,7 +88,7 @@ def _train(
     engine = wrap(model, partial(optimizer.build, config=config.optimizer), config.parallel, world)
     ema = Ema(engine, config.ema.widths)
     state = TrainState(engine, ema, identity(config, data.identity()))
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint, world)
+    checkpoints = Checkpoints(folder_of(folder, config.checkpoint), config.checkpoint, world)
     resume(state, checkpoints)
     state.list_all_skipped(run.skip)
     if state.step >= run.total_steps:
@@ -160,7 +160,7 @@ def _train(
             health.at(state.step, "saving")
             with monitor.aside():
                 if not health.in_bad_row:
-                    checkpoints.save(state.step, state.tensors(), state.scalars(), wait=False)
+                    checkpoints.save(state.step, state.tensors, state.scalars(), wait=False)
         snapshots.save_if_due(state)
         if every(state.step, config.monitor.grid_every_steps):
             health.at(state.step, "drawing a grid")
@@ -172,7 +172,7 @@ def _train(
     batches.close()
     monitor.close()
     audit.close()
-    checkpoints.save(state.step, state.tensors(), state.scalars(), wait=True)
+    checkpoints.save(state.step, state.tensors, state.scalars(), wait=True)
     snapshots.finish()
     monitor.tell_goodput()
     if stop_reason:

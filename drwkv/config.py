@@ -86,7 +86,7 @@ class SampleConfig:
     """All of `sample_dist.py`."""
 
     checkpoint: str = (
-        "???"  # run folder (its latest whole checkpoint), one checkpoint folder, .pt or .safetensors
+        "???"  # run folder or s3://bucket/prefix (the newest is taken), one step_N, .pt or .safetensors
     )
     weights: Literal["ema", "model"] = "ema"  # which of the two sets of weights
     out: str = "???"  # folder of the sample set; the same folder again continues the set
@@ -148,6 +148,9 @@ def check_train(config: TrainConfig) -> None:
     for key in ("every_steps", "keep_last", "keep_every_steps"):
         value = getattr(config.checkpoint, key)
         require(value >= (key == "keep_last"), f"checkpoint.{key}", value, "give a positive number")
+    place = config.checkpoint.folder
+    known = place is None or "://" not in place or is_remote(place)
+    require(known, "checkpoint.folder", place, "give a folder, or s3://bucket/prefix")
     _check_grids(config)
     check_validation(config.validation, config.data.select, config.diffusion.num_timesteps)
     _check_stages(config)

@@ -144,11 +144,16 @@ class S3Storage:
         return True
 
     def names(self, prefix: str = "", *, settled: bool = True) -> list[str]:
+        return sorted(self.sizes(prefix, settled=settled))
+
+    def sizes(self, prefix: str = "", *, settled: bool = True) -> dict[str, int]:
+        """Name -> bytes of all that `names` lists, in one request for a thousand."""
+
         # A list has no checksum: it is right when two are the same.
-        def twice() -> list[str]:
+        def twice() -> dict[str, int]:
             first, second = self._list(prefix), self._list(prefix)
             if not settled:
-                return sorted(set(first) & set(second))
+                return {name: second[name] for name in first.keys() & second.keys()}
             if first != second:
                 raise DamagedTransferError("two lists of the same prefix differ")
             return first
@@ -298,16 +303,16 @@ class S3Storage:
 
         return self._attempts("read", name, head)
 
-    def _list(self, prefix: str) -> list[str]:
+    def _list(self, prefix: str) -> dict[str, int]:
         top = f"{self._prefix}/" if self._prefix else ""
         pages = _client(os.getpid()).get_paginator("list_objects_v2")
-        keys = [
-            entry["Key"]
+        sizes = {
+            entry["Key"]: int(entry["Size"])
             for page in pages.paginate(Bucket=self.bucket, Prefix=top + prefix)
             for entry in page.get("Contents", ())
-        ]
+        }
         # A name that ends in a slash is a folder of some browser's.
-        return sorted(key.removeprefix(top) for key in keys if not key.endswith("/"))
+        return {key.removeprefix(top): size for key, size in sizes.items() if not key.endswith("/")}
 
     def _call(self, operation: str, name: str, **options: Any) -> Any:
         key = f"{self._prefix}/{name}" if self._prefix else name

@@ -26,6 +26,8 @@ from drwkv.parallel.distributed import World
 from drwkv.training.checkpoint import (
     CheckpointConfig,
     Checkpoints,
+    Place,
+    folder_of,
     read_full,
     read_scalars,
     step_of,
@@ -84,15 +86,15 @@ class Snapshots:
 class Snapshot:
     """Averages on disk."""
 
-    path: Path
+    path: Place
     updates: int
     widths: tuple[float, ...]
 
 
-def stored(run: Path) -> list[Snapshot]:
-    """All whole snapshots, and checkpoints with such averages, of a run folder, by rising count of applied updates."""
+def stored(run: Path, config: CheckpointConfig) -> list[Snapshot]:
+    """All whole snapshots, and checkpoints with such averages, of a run, by rising count of applied updates."""
     found: dict[int, Snapshot] = {}
-    for folder in (run / "checkpoints", run / FOLDER):
+    for folder in (folder_of(run, config), run / FOLDER):
         for path in whole_checkpoints(folder):
             scalars = read_scalars(path)
             widths, updates = scalars.get("widths", []), scalars["updates"]
@@ -123,7 +125,7 @@ def reconstruct(config: ReconstructConfig) -> str:
     if not (run / CONFIG).is_file():
         raise FileNotFoundError(f"{run}: is no run folder, it has no {CONFIG}")
     trained = read_dumped(TrainConfig, run / CONFIG)
-    snapshots = _up_to(config.step, stored(run), run)
+    snapshots = _up_to(config.step, stored(run, trained.checkpoint), run)
     coefficients, error = _coefficients(config, snapshots, run)
     weights = combine(coefficients)
     save_weights(out, weights, _model_arguments(trained.model), process=asdict(trained.diffusion))
@@ -151,7 +153,7 @@ def _up_to(step: int | None, snapshots: list[Snapshot], run: Path) -> list[Snaps
 
 def _coefficients(
     config: ReconstructConfig, snapshots: Sequence[Snapshot], run: Path
-) -> tuple[dict[tuple[Path, float], float], float]:
+) -> tuple[dict[tuple[Place, float], float], float]:
     """(snapshot, width) -> its coefficient, and the error of the profile. ValueError if that is too large."""
     places = [(snapshot, width) for snapshot in snapshots for width in snapshot.widths]
     profiles = [Profile(snapshot.updates, width) for snapshot, width in places]
@@ -180,7 +182,7 @@ def _coefficients(
     return used, error
 
 
-def combine(coefficients: Mapping[tuple[Path, float], float]) -> dict[str, torch.Tensor]:
+def combine(coefficients: Mapping[tuple[Place, float], float]) -> dict[str, torch.Tensor]:
     """The sum of averages, each by (snapshot, width) times its coefficient, one in memory at a time; float32."""
     total: dict[str, torch.Tensor] = {}
     for (path, width), coefficient in tqdm(coefficients.items(), unit="average", disable=None):

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from drwkv.data.manifest import Manifest
 from drwkv.files import write_whole
 from drwkv.parallel.distributed import World
+from drwkv.storage import open_storage
 
 if TYPE_CHECKING:
     from drwkv.training.warm_start import Origin
@@ -35,11 +36,20 @@ PACKAGES = ("torch", "numpy", "deepspeed", "diffusers", "safetensors", "webdatas
 def begin(
     folder: Path, config: Any, manifest: Manifest, world: World, *, step: int, origin: Origin | None = None
 ) -> None:
-    """Write config.yaml and the data's manifest, add this start to starts.jsonl, drop an old request to requeue."""
+    """Write config.yaml and the data's manifest, add this start to starts.jsonl, drop an old request to requeue.
+
+    Checkpoints that lie elsewhere get both files too: who has them alone can sample.
+    """
     if not world.is_first:
         return
-    write_whole(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
-    write_whole(folder / DATA, json.dumps(asdict(manifest), indent=1).encode())
+    content = {
+        CONFIG: OmegaConf.to_yaml(OmegaConf.structured(config)).encode(),
+        DATA: json.dumps(asdict(manifest), indent=1).encode(),
+    }
+    for name, data in content.items():
+        write_whole(folder / name, data)
+        if config.checkpoint.folder is not None:
+            open_storage(config.checkpoint.folder).write(name, data)
     (folder / REQUEUE).unlink(missing_ok=True)
     start = {
         "time": time.time(),

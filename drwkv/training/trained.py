@@ -1,8 +1,12 @@
-"""A trained model from wherever it lies: a run folder, one of its checkpoints, a released `.pt`, a `.safetensors`."""
+"""A trained model from wherever it lies: a run folder, one of its checkpoints, a released `.pt`, a `.safetensors`.
+
+Checkpoints may lie on S3; what is needed of one is fetched and held to its checksums.
+"""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +19,8 @@ from drwkv.convert import build, read_process
 from drwkv.data.manifest import Manifest
 from drwkv.diffusion.gaussian import GaussianConfig
 from drwkv.models.config import without_values
-from drwkv.training.checkpoint import MARK, latest, read_full
+from drwkv.storage import Storage, is_remote, open_storage, split_path
+from drwkv.training.checkpoint import MARK, Place, folder_of, latest, read_full
 from drwkv.training.monitor import read_lines
 from drwkv.training.run_folder import CONFIG, DATA
 
@@ -48,22 +53,12 @@ class TrainedModel:
         return [(line["step"], line["loss"]) for line in lines if line.get("loss")]
 
 
-def find(path: str, key: str = "checkpoint") -> Path:
+def find(path: str, key: str = "checkpoint") -> Place:
     """The file, or the whole checkpoint, that `path` names: a file, a checkpoint, or a run's folder and its newest.
 
     Raises FileNotFoundError or ValueError that says what `path`, given as config key `key`, should have been.
     """
-    place = Path(path)
-    if place.is_file() or (place / MARK).is_file():
-        return place
-    if not place.is_dir():
-        raise FileNotFoundError(f"{key} {place}: no such file or folder")
-    found = latest(place / "checkpoints")
-    if found is None:
-        raise ValueError(
-            f"{key} {place}: holds no whole checkpoint; give a run folder, or step_N in its checkpoints"
-        )
-    return found
+    return _find(path, key)[0]
 
 
 def open_trained(path: str, weights: str) -> TrainedModel:
@@ -71,14 +66,47 @@ def open_trained(path: str, weights: str) -> TrainedModel:
 
     Raises FileNotFoundError or ValueError that says what `path` should have been.
     """
-    place = find(path)
-    if place.is_file():
-        model = build(place, weights)
-        process = read_process(place) or {"learn_variance": cast(Any, model).learn_variance}
+    place, run = _find(path, "checkpoint")
+    if run is None:
+        model = build(cast(Path, place), weights)
+        process = read_process(cast(Path, place)) or {"learn_variance": cast(Any, model).learn_variance}
         return TrainedModel(model, GaussianConfig(**process), None, str(place), None)
-    run = place.parent.parent
-    config = read_dumped(TrainConfig, run / CONFIG)
+    config = _read_config(run)
     model = without_values(config.model)
     model.load_state_dict(read_full(place, "ema" if weights == "ema" else "model"), assign=True)
-    manifest = Manifest(**json.loads((run / DATA).read_text()))
-    return TrainedModel(model, config.diffusion, manifest, str(place), run)
+    manifest = Manifest(**json.loads(run.read(DATA)))
+    folder = None if is_remote(run.path) else Path(run.path)
+    return TrainedModel(model, config.diffusion, manifest, str(place), folder)
+
+
+def _find(path: str, key: str) -> tuple[Place, Storage | None]:
+    """What is meant by a path, and where its run's config and manifest stand; None for a file, which has no run."""
+    place: Place = path if is_remote(path) else Path(path)
+    if isinstance(place, Path) and place.is_file():
+        return place, None
+    if isinstance(place, Path) and not place.is_dir():
+        raise FileNotFoundError(f"{key} {place}: no such file or folder")
+    here = open_storage(place)
+    if here.exists(MARK):
+        of_folder = split_path(here.path)[0]  # checkpoint.folder; else RUN/checkpoints
+        parents = [of_folder, split_path(of_folder)[0]]
+        found = next((folder for folder in parents if open_storage(folder).exists(CONFIG)), parents[-1])
+        return place, open_storage(found)
+    folder: Place = place if is_remote(place) else Path(place) / "checkpoints"
+    if not is_remote(place) and here.exists(CONFIG):
+        folder = folder_of(Path(place), _read_config(here).checkpoint)
+    newest = latest(folder)
+    if newest is None and not is_remote(place):  # it may be a checkpoint.folder itself
+        newest = latest(place)
+    if newest is None:
+        raise ValueError(
+            f"{key} {place}: holds no whole checkpoint; give a run folder, or step_N where its checkpoints are"
+        )
+    return newest, here
+
+
+def _read_config(run: Storage) -> TrainConfig:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / CONFIG
+        path.write_bytes(run.read(CONFIG))
+        return read_dumped(TrainConfig, path)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from drwkv.config import RunConfig
 from drwkv.models.layers import resize_positions
 from drwkv.parallel.distributed import World
-from drwkv.training.checkpoint import MARK, damage, latest
+from drwkv.storage import is_remote, open_storage
+from drwkv.training.checkpoint import MARK, CheckpointConfig, folder_of, latest
 from drwkv.training.trained import find, open_trained
 
 KEY = "run.start_from"
@@ -39,7 +40,7 @@ class Origin:
     vae_hash: str | None  # of the VAE that made its latents; None: pixels, or a file that does not tell
 
 
-def begin(model: nn.Module, run: RunConfig, world: World) -> Origin | None:
+def begin(model: nn.Module, run: RunConfig, checkpoint: CheckpointConfig, world: World) -> Origin | None:
     """Put the weights that `run.start_from` names into `model`, which is not wrapped yet. Collective.
 
     None, and nothing is read, where it names none or the run has a checkpoint of its own. Raises ValueError or
@@ -47,17 +48,18 @@ def begin(model: nn.Module, run: RunConfig, world: World) -> Origin | None:
     """
     if run.start_from is None:
         return None
-    own = latest(Path(run.folder) / "checkpoints") is not None
-    if world.from_first(own):
+    if world.from_first(world.is_first and latest(folder_of(Path(run.folder), checkpoint)) is not None):
         return None
 
     # All ranks read what the first has found: a run that still goes on may have saved another one since.
-    place = Path(world.from_first(str(find(run.start_from, KEY))))
-    _check_whole(place, world)
-    trained = open_trained(str(place), run.start_weights)
+    place = world.from_first(str(find(run.start_from, KEY)))
+    try:
+        trained = open_trained(place, run.start_weights)
+    except ValueError as error:
+        raise ValueError(f"config key {KEY!r}: {error}") from None
     take(model, trained.model, where=trained.name)
     return Origin(
-        path=str(place.resolve()),
+        path=place if is_remote(place) else str(Path(place).resolve()),
         weights=run.start_weights,
         sha256=world.from_first(_sha256(place) if world.is_first else None),
         input_size=trained.shape[1:],
@@ -109,14 +111,9 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
     return str(tuple(tensors[name].shape)) if name in tensors else "missing"
 
 
-def _check_whole(place: Path, world: World) -> None:
-    """ValueError on all ranks where a checkpoint's bytes are not those that were saved. Collective."""
-    said = world.gather(damage(place, world) if place.is_dir() else [])
-    problems = [problem for of_rank in said for problem in of_rank]
-    if problems:
-        raise ValueError(f"config key {KEY!r}: {place} is damaged: {problems[0]}: give another checkpoint")
-
-
-def _sha256(place: Path) -> str:
-    with (place / MARK if place.is_dir() else place).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(place: str) -> str:
+    """Of a file, or of a checkpoint's mark."""
+    if not is_remote(place) and Path(place).is_file():
+        with open(place, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(open_storage(place).read(MARK)).hexdigest()

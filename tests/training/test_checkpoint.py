@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from drwkv.parallel import World, session
-from drwkv.training import checkpoint as checkpoints_module
+from drwkv.training import checkpoint_files
 from drwkv.training.checkpoint import (
     MARK,
     CheckpointConfig,
@@ -148,14 +148,13 @@ def test_a_save_that_cannot_be_read_back_is_never_marked(
     tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints = save_steps(tmp_path, world, CheckpointConfig(), [1])
-    check = checkpoints_module._check_files
+    reopen = checkpoint_files._reopen
 
-    def damaged(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
-        data = next(folder.glob("*.safetensors"))
-        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
-        check(folder, expected)
+    def damaged(path: Path) -> dict[str, int]:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        return reopen(path)
 
-    monkeypatch.setattr(checkpoints_module, "_check_files", damaged)
+    monkeypatch.setattr(checkpoint_files, "_reopen", damaged)
     with pytest.raises(OSError, match="cannot be read back"):
         checkpoints.save(2, state(2.0), {"step": 2, "n": 20}, wait=True)
     assert latest(tmp_path) == tmp_path / "step_00000001"
@@ -168,13 +167,13 @@ def test_the_error_of_a_background_save_is_known_without_waiting(
         raise OSError("no space left on device")
 
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(asynchronous=True), world)
-    monkeypatch.setattr(checkpoints_module, "_check_files", full)
+    monkeypatch.setattr(checkpoint_files, "_reopen", full)
     checkpoints.save(1, state(1.0), {"step": 1, "n": 1}, wait=False)
     deadline = time.monotonic() + 60
     while checkpoints.failure() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert "no space left" in str(checkpoints.failure())
-    with pytest.raises(OSError, match="rank 0: checkpoint .* could not be saved: .*no space left"):
+    with pytest.raises(OSError, match="checkpoint .* could not be saved: rank 0: no space left"):
         checkpoints.finish()
 
 

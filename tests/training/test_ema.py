@@ -132,7 +132,7 @@ def test_snapshots_are_all_kept_and_those_of_a_history_that_was_left_are_removed
         "step_00000002",
         "step_00000004",
     ]
-    assert [(s.updates, s.widths) for s in stored(tmp_path)] == [(2, (0.05, 0.1)), (4, (0.05, 0.1))]
+    assert [(s.updates, s.widths) for s in stored(tmp_path, CheckpointConfig())] == [(2, (0.05, 0.1)), (4, (0.05, 0.1))]
 
 
 def test_the_error_of_a_snapshot_is_heard_of(world: World, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_run_that_goes_back_takes_its_snapshots_anew(
     assert [(s["step"], s["updates"]) for s in found] == [(2, 2), (4, 4), (6, 6), (8, 6), (10, 6), (12, 8)]
     log = (tmp_path / "log.txt").read_text()
     assert [log.count(f"ema_snapshots/step_{step:08d}.tmp") for step in (4, 6, 8)] == [1, 2, 2]
-    assert [s.updates for s in stored(tmp_path)] == [2, 4, 6, 8]
+    assert [s.updates for s in stored(tmp_path, CheckpointConfig())] == [2, 4, 6, 8]
 
 
 @pytest.fixture(scope="module")
