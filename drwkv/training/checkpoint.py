@@ -192,6 +192,7 @@ class Checkpoints:
 
         One that is damaged is set aside, and the one before is taken. Raises ValueError where none is left of them.
         """
+        self._on_first(self._store.clean_up)  # what was harmed while the run went on
         while (name := self._on_first(lambda: self._newest_marked(at_most_n))) is not None:
             problems = self._fetch(name)
             if not problems:

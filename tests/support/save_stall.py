@@ -1,8 +1,9 @@
 """How long a save holds the loop up, and the whole of it: `python save_stall.py JOB.json`, a process a rank.
 
 The job: {"engines": [name, ...], "folder", "out", "tries", "hidden_size"}. Rank 0 writes to `out`, by engine, the best
-of the tries in seconds, each the worst of the ranks: `gather` (making the tensors), `stall` (save returns),
-`pause` (longest hole in a loop of small work while the save goes on behind it) and `synchronous` (save that waits).
+of the tries in seconds, each the worst of the ranks: `stall` (until a save in the background returns), `gather` (the
+part of it that makes the tensors), `pause` (longest hole in a loop of small work while the save goes on behind it) and
+`synchronous` (a save that waits).
 """
 
 from __future__ import annotations
@@ -41,12 +42,11 @@ def build(engine: str, hidden_size: int, world: World) -> TrainState:
 def save(checkpoints: Checkpoints, state: TrainState, step: int, *, wait: bool) -> Seconds:
     """Save the state after `step` steps; the seconds of its parts, on this rank."""
     start = time.perf_counter()
-    tensors, scalars = state.tensors(), state.scalars()
+    tensors = state.tensors()
     gathered = time.perf_counter()
-    checkpoints.save(step, tensors, scalars, wait=wait)
-    returned = time.perf_counter()
-    del tensors
-    return {"gather": gathered - start, "synchronous" if wait else "stall": returned - gathered}
+    checkpoints.save(step, tensors, state.scalars(), wait=wait)
+    end = time.perf_counter()
+    return {"gather": gathered - start, "synchronous" if wait else "stall": end - start}
 
 
 def longest_pause(checkpoints: Checkpoints) -> float:

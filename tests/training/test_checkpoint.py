@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -111,29 +112,50 @@ def test_latest_passes_over_a_checkpoint_that_is_not_whole(tmp_path: Path, world
     assert len(set_aside) == (0 if harm == "no mark" else 1)
 
 
-def flip_byte(checkpoint: Path) -> Path:
-    """One byte of the values of a checkpoint, whose sizes stay; returns the file."""
-    data = next(checkpoint.glob("*.safetensors"))
-    content = bytearray(data.read_bytes())
-    content[-3] ^= 16
-    data.write_bytes(content)
-    return data
+HARMS: dict[str, tuple[str, Callable[[bytes], bytes | None]]] = {  # file -> what becomes of its bytes
+    "flipped byte": ("model-00001.safetensors", lambda data: data[:-3] + bytes([data[-3] ^ 16]) + data[-2:]),
+    "missing file": ("ema-00001.safetensors", lambda data: None),
+    "empty file": ("ema-00001.safetensors", lambda data: b""),
+    "empty mark": (MARK, lambda data: b""),
+    "garbage in the mark": (MARK, lambda data: b"[1, \xff"),
+    "garbage in state.json": ("state.json", lambda data: b"x" * len(data)),
+}
 
 
-def test_a_flipped_byte_in_the_newest_is_told_and_the_one_before_is_taken(
-    tmp_path: Path, world: World, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("when", ["at a start", "when a run goes back"])
+def test_every_harm_to_the_newest_is_told_and_the_one_before_is_taken(
+    tmp_path: Path, world: World, harm: str, when: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoints = save_steps(tmp_path, world, CheckpointConfig(), [1, 2])
-    harmed = flip_byte(tmp_path / "step_00000002")
-    assert checkpoints.newest() == tmp_path / "step_00000001"
-    assert f"step_00000002 is damaged: {harmed.name} has crc32c" in caplog.text
+    name, change = HARMS[harm]
+    file = tmp_path / "step_00000002" / name
+    content = change(file.read_bytes())
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    if when == "at a start":
+        checkpoints = Checkpoints(tmp_path, CheckpointConfig(), world)
+    assert checkpoints.newest(at_most_n=20) == tmp_path / "step_00000001"
+    assert re.search(r"step_00000002.* is damaged", caplog.text)
     assert len(list(tmp_path.glob("damaged_*_step_00000002"))) == 1
+    checkpoints.save(2, state(7.0), {"step": 2, "n": 20}, wait=True)
+    assert checkpoints.newest() == tmp_path / "step_00000002"
+
+
+def test_a_damaged_checkpoint_is_not_read_for_sampling(tmp_path: Path, world: World) -> None:
+    save_steps(tmp_path, world, CheckpointConfig(), [1])
+    harmed = tmp_path / "step_00000001" / "ema-00001.safetensors"
+    harmed.write_bytes(HARMS["flipped byte"][1](harmed.read_bytes()))
+    with pytest.raises(ValueError, match=r"is damaged: ema-00001\.safetensors has crc32c"):
+        read_full(tmp_path / "step_00000001", "ema")
 
 
 def test_damaged_checkpoints_alone_do_not_let_a_run_begin_anew(tmp_path: Path, world: World) -> None:
     checkpoints = save_steps(tmp_path, world, CheckpointConfig(), [1, 2])
     for step in (1, 2):
-        flip_byte(tmp_path / f"step_{step:08d}")
+        harmed = tmp_path / f"step_{step:08d}" / "model-00001.safetensors"
+        harmed.write_bytes(HARMS["flipped byte"][1](harmed.read_bytes()))
     for _ in range(2):
         with pytest.raises(
             ValueError, match=r"damaged_.* is damaged and there is no whole checkpoint before"

@@ -27,7 +27,7 @@ from drwkv.training.checkpoint import (
     shapes,
     whole_checkpoints,
 )
-from drwkv.training.checkpoint_store import SET_ASIDE
+from drwkv.training.checkpoint_s3 import SET_ASIDE
 from drwkv.training.trained import open_trained
 
 ONE, TWO = "step_00000001", "step_00000002"
