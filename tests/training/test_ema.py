@@ -21,7 +21,13 @@ from drwkv.config import TrainConfig
 from drwkv.models import create
 from drwkv.parallel import ParallelConfig, World, session, wrap
 from drwkv.training import ema_snapshots, optimizer
-from drwkv.training.checkpoint import latest, read_full, read_scalars, whole_checkpoints
+from drwkv.training.checkpoint import (
+    CheckpointConfig,
+    latest,
+    read_full,
+    read_scalars,
+    whole_checkpoints,
+)
 from drwkv.training.ema import Ema, kind_of
 from drwkv.training.ema_snapshots import ReconstructConfig, Snapshots, reconstruct, stored
 from drwkv.training.objective import Objective
@@ -132,7 +138,10 @@ def test_snapshots_are_all_kept_and_those_of_a_history_that_was_left_are_removed
         "step_00000002",
         "step_00000004",
     ]
-    assert [(s.updates, s.widths) for s in stored(tmp_path, CheckpointConfig())] == [(2, (0.05, 0.1)), (4, (0.05, 0.1))]
+    assert [(s.updates, s.widths) for s in stored(tmp_path, CheckpointConfig())] == [
+        (2, (0.05, 0.1)),
+        (4, (0.05, 0.1)),
+    ]
 
 
 def test_the_error_of_a_snapshot_is_heard_of(world: World, tmp_path: Path) -> None:
