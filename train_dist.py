@@ -23,6 +23,7 @@ from drwkv.diffusion.gaussian import GaussianProcess
 from drwkv.models.config import from_config
 from drwkv.parallel import World, session, wrap
 from drwkv.training import optimizer, preflight, run_folder, warm_start
+from drwkv.training.activation_memory import within_budget
 from drwkv.training.batches import Batches
 from drwkv.training.checkpoint import Checkpoints, folder_of
 from drwkv.training.ema import Ema, decay_at
@@ -85,7 +86,8 @@ def _train(
     preview = Preview(process, config.monitor, config.model, data.manifest, seed=run.seed, world=world)
     num_params = sum(parameter.numel() for parameter in model.parameters())
     preflight.check_offload(config.parallel, num_params, world)
-    engine = wrap(model, partial(optimizer.build, config=config.optimizer), config.parallel, world)
+    parallel = within_budget(config, world.size)
+    engine = wrap(model, partial(optimizer.build, config=config.optimizer), parallel, world)
     ema = Ema(engine, config.ema.widths)
     state = TrainState(engine, ema, identity(config, data.identity()))
     checkpoints = Checkpoints(folder_of(folder, config.checkpoint), config.checkpoint, world)

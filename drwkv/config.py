@@ -16,6 +16,7 @@ from drwkv.data.loader import DataConfig
 from drwkv.diffusion.gaussian import GaussianConfig
 from drwkv.evaluation.protocol import EvaluateConfig
 from drwkv.models.config import ModelConfig
+from drwkv.parallel.activations import ActivationConfig
 from drwkv.parallel.engine import ParallelConfig
 from drwkv.sampling import SamplerConfig, check_sampler
 from drwkv.storage import is_remote
@@ -196,6 +197,7 @@ def _check_parallel(parallel: ParallelConfig) -> None:
         ("activations.every", parallel.activations.every),
     ):
         require(value >= 1, f"parallel.{key}", value, "give 1 or more")
+    _check_activations(parallel.activations)
     engine, is_zero = parallel.engine, parallel.engine.startswith("zero")
     can_replicate, can_compile = parallel.replicas == 1 or engine == "fsdp", engine != "zero3"
     require(
@@ -234,6 +236,23 @@ def _check_health(config: TrainConfig) -> None:
         patience = config.data.timeout_sec
         advice = f"give less than {limit or timeout_sec} s, when other ranks give up (health.stall_sec)"
         require(0 < patience < (limit or timeout_sec), "data.timeout_sec", patience, advice)
+
+
+def _check_activations(config: ActivationConfig) -> None:
+    for key in ("blocks", "budget_gib"):
+        value = getattr(config, key)
+        if value is None:
+            continue
+        require(value >= 0, f"parallel.activations.{key}", value, "give 0 or more, or null")
+        advice = "with activations.checkpoint=none no block is checkpointed: give full or selective"
+        require(config.checkpoint != "none", f"parallel.activations.{key}", value, advice)
+        advice = (
+            f"activations.every={config.every} says which blocks are checkpointed too: leave one of them out"
+        )
+        require(config.every == 1, f"parallel.activations.{key}", value, advice)
+    both = config.blocks is not None and config.budget_gib is not None
+    advice = f"activations.budget_gib={config.budget_gib} chooses their number too: leave one of them out"
+    require(not both, "parallel.activations.blocks", config.blocks, advice)
 
 
 def _check_grids(config: TrainConfig) -> None:

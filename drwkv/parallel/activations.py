@@ -1,7 +1,8 @@
 """Activation checkpointing: which blocks keep what for the backward, and compute the rest again there.
 
 A block that is checkpointed in full keeps its input alone. Selectively, it keeps what its matrix products gave and
-computes again what only moves bytes: norms, lerps, gates, bi_wkv. Apply before a model is compiled or sharded.
+computes again what only moves bytes: norms, lerps, gates, bi_wkv. Apply before a model is compiled or sharded. How many
+blocks a budget of memory asks for is foreseen in drwkv/training/activation_memory.py.
 """
 
 from __future__ import annotations
@@ -26,6 +27,20 @@ class ActivationConfig:
         "none"  # of a block: all, its input, or its input and what its matrix products gave
     )
     every: int = 1  # the first of every so many blocks is checkpointed, the others keep all
+    blocks: int | None = None  # how many blocks are checkpointed, evenly spread; None: by `every`
+    budget_gib: float | None = (
+        None  # most GiB of activations a rank, as foreseen; as few blocks as will do are checkpointed; None: no limit
+    )
+
+
+def chosen_blocks(depth: int, config: ActivationConfig) -> list[int]:
+    """Which of `depth` blocks are checkpointed."""
+    if config.checkpoint == "none":
+        return []
+    if config.blocks is None:
+        return list(range(0, depth, config.every))
+    count = min(config.blocks, depth)
+    return [i * depth // count for i in range(count)]
 
 
 def checkpoint_blocks(blocks: list[nn.Module], config: ActivationConfig) -> int:
@@ -33,13 +48,11 @@ def checkpoint_blocks(blocks: list[nn.Module], config: ActivationConfig) -> int:
 
     The blocks must draw no random numbers: none are put back for the second computation.
     """
-    if config.checkpoint == "none":
-        return 0
-    chosen = blocks[:: config.every]
+    chosen = chosen_blocks(len(blocks), config)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if config.checkpoint == "selective":
         options["context_fn"] = _keep_matmuls
-    for block in chosen:
+    for block in (blocks[index] for index in chosen):
         block.forward = partial(checkpoint, block.forward, **options)
     return len(chosen)
 

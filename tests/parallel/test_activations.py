@@ -56,6 +56,9 @@ def gradients(built: nn.Module, size: int = 8) -> dict[str, torch.Tensor]:
         (ActivationConfig("full", every=2), 3),
         (ActivationConfig("selective", every=5), 1),
         (ActivationConfig("none", every=2), 0),
+        (ActivationConfig("full", blocks=2), 2),
+        (ActivationConfig("selective", blocks=0), 0),
+        (ActivationConfig("full", blocks=9), 5),
     ],
 )
 def test_gradients_are_those_without(config: ActivationConfig, num_checkpointed: int) -> None:

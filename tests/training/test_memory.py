@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from drwkv.compose import load
 from drwkv.config import TrainConfig, check_ranks, check_train
 from drwkv.models.config import from_config
 from drwkv.parallel.activations import checkpoint_blocks
-from drwkv.training.memory import GIB, predict
+from drwkv.training.activation_memory import GIB, within_budget
+from drwkv.training.memory import predict
 
 SMALL = [
     "model.name=DRWKV", "model.input_size=[16,16]", "model.in_channels=4", "model.num_classes=10",
@@ -64,6 +66,43 @@ def test_each_power_function_average_takes_as_much_as_the_fixed_one() -> None:
     one, three = (predict(load(TrainConfig, [*SMALL, *more]), 2) for more in ([], ["ema.widths=[0.05,0.1]"]))
     assert three.averages == 3 * one.averages > 0
     assert three.total - one.total == 2 * one.averages
+
+
+DEEP = [*SMALL[:4], "model.options={patch_size: 2, hidden_size: 64, depth: 11}", "run.batch_size=4"]
+
+
+def test_a_deep_model_is_foreseen_from_shallow_ones() -> None:
+    for mode in ("none", "every second"):
+        config = load(TrainConfig, [*DEEP, *MODES[mode]])
+        assert predict(config, 1).activations == pytest.approx(measured(config), rel=0.1), mode
+
+
+@pytest.mark.parametrize("mode", ["full", pytest.param("selective", marks=pytest.mark.proof)])
+def test_a_budget_takes_as_few_blocks_as_keep_the_activations_within(mode: str) -> None:
+    none, every = (load(TrainConfig, [*DEEP, *MODES[m]]) for m in ("none", mode))
+    most, least = measured(none), measured(every)
+    budget = (most + least) // 2
+    config = load(TrainConfig, [*DEEP, *MODES[mode], f"parallel.activations.budget_gib={budget / GIB}"])
+    parallel = within_budget(config, 1)
+    blocks = parallel.activations.blocks
+    assert blocks is not None and 1 < blocks < 11
+    found = measured(replace(config, parallel=parallel))
+    assert found <= budget
+    assert predict(config, 1).activations == pytest.approx(found, rel=0.1)
+    fewer = replace(parallel.activations, blocks=blocks - 2)
+    assert measured(replace(config, parallel=replace(parallel, activations=fewer))) > budget
+
+
+def test_a_budget_that_all_blocks_fit_takes_none_and_one_that_is_too_small_is_refused() -> None:
+    full = MODES["full"]
+    roomy = load(TrainConfig, [*SMALL, *full, "parallel.activations.budget_gib=1"])
+    assert within_budget(roomy, 1).activations.blocks == 0
+    tight = load(TrainConfig, [*SMALL, *full, "parallel.activations.budget_gib=0.001"])
+    with pytest.raises(
+        ValueError, match=r"budget_gib': 0.001 .* all 7 blocks .*micro-batch of 4 needs 0\.00\d+ GiB"
+    ):
+        within_budget(tight, 1)
+    assert within_budget(load(TrainConfig, SMALL), 1).activations.blocks is None
 
 
 @pytest.mark.proof
