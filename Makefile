@@ -29,10 +29,11 @@ check: venv ## lint, format and types, changing nothing
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-bench: venv ## registers of the kernels, launches of a block, speed of operators and loader; DEVICE=cuda on a GPU
+bench: venv ## registers of the kernels, launches of a block, speed of operators, step and loader; DEVICE=cuda on a GPU
 	$(PY) -m drwkv.kernels.resources
 	$(PY) -m drwkv.models.bench_block --device $(DEVICE) --threads 1
 	$(PY) -m drwkv.kernels.bench --device $(DEVICE) --threads 1
+	$(PY) -m drwkv.training.bench $(if $(filter cpu,$(DEVICE)),--tiny --threads 1)
 	$(PY) -m data_prep.bench
 
 proof: venv ## the long tests, marked `proof`, that `make test` leaves out
