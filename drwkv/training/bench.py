@@ -34,7 +34,7 @@ from drwkv.models.config import ModelConfig, from_config
 from drwkv.parallel import ActivationConfig, Engine, ParallelConfig, World, session, wrap
 from drwkv.training import optimizer
 from drwkv.training.ema import Ema
-from drwkv.training.objective import Objective
+from drwkv.training.objective import Objective, ObjectiveConfig
 from drwkv.training.optimizer import OptimizerConfig
 from drwkv.training.profiling import largest_operations
 from drwkv.training.speed import Speed, speed_of
@@ -94,7 +94,13 @@ class Step:
             compile=row.compiled,
         )
         self.objective = Objective(
-            process, model, manifest_of(plan.model), seed=0, label_drop=0.1, device=world.device
+            process,
+            model,
+            manifest_of(plan.model),
+            ObjectiveConfig(),
+            seed=0,
+            label_drop=0.1,
+            device=world.device,
         )
         self.engine: Engine = wrap(model, partial(optimizer.build, config=OPTIMIZER), config, world)
         self.ema = Ema(self.engine)

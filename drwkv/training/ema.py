@@ -58,7 +58,8 @@ class Ema:
         self._engine, self.widths = engine, list(widths)
         self.kinds = {kind: self._copies() for kind in [FIXED, *map(kind_of, self.widths)]}
         self.parts = self.kinds[FIXED]
-        self._averages = [average for parts in self.kinds.values() for average in parts.values()]
+        # Those of one part stand together, so that the part is still in the cache.
+        self._averages = [parts[name] for name in self.parts for parts in self.kinds.values()]
         gammas = torch.tensor([exponent(width) for width in self.widths], dtype=torch.float64)
         self._gammas = gammas.to(self._averages[0].device)
 
@@ -79,9 +80,8 @@ class Ema:
         if self.widths:
             by_width = step_weight(self._gammas, self._engine.applied_updates) * applied
             weights += by_width.float().unbind()
-        values: list[torch.Tensor] = list(self._engine.parts.values())
-        each = [weight for weight in weights for _ in values]
-        torch._foreach_lerp_(self._averages, values * len(weights), each)
+        values: list[torch.Tensor] = [part for part in self._engine.parts.values() for _ in weights]
+        torch._foreach_lerp_(self._averages, values, weights * len(self._engine.parts))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -60,7 +60,7 @@ def trainers_step(step: Step, world: World, tmp_path: Path) -> StepRecord:
     config = TrainConfig(run=RunConfig(batch_size=BATCH))
     state = TrainState(step.engine, step.ema, {})
     audit = Audit(tmp_path, world, enabled=False, step=0)
-    return train_dist._step(config, state, step.objective, audit, [step.batch])
+    return train_dist._step(config, state, step.objective, audit, [step.batch], BATCH)
 
 
 def test_the_step_that_is_timed_is_the_trainers_to_the_bit(tmp_path: Path) -> None:
