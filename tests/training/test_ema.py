@@ -214,11 +214,10 @@ def test_a_width_that_was_not_stored_comes_out_of_those_that_were(
     folder, truth = run
     checkpoint = latest(folder / "checkpoints")
     assert checkpoint is not None
-    said = reconstruct(ReconstructConfig(str(folder), width, str(tmp_path / "w.safetensors")))
+    reconstruct(ReconstructConfig(str(folder), width, str(tmp_path / "w.safetensors")))
     found = opened(tmp_path / "w.safetensors")
     error = distance(found, truth[width])
     apart = min(distance(read_full(checkpoint, kind_of(w)), truth[width]) for w in (0.05, 0.1))
-    print(said, error / norm(truth[width]), error / apart)
     assert error <= 1e-2 * apart
     assert error <= 1e-3 * norm(truth[width])
 
