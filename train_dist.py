@@ -60,8 +60,8 @@ def train(config: TrainConfig) -> None:
     with session(timeout_sec=parallel.timeout_sec, cpu_threads=parallel.cpu_threads) as world:
         check_ranks(config, world.size)
         preflight.check_alike(config, world)
-        preflight.check_folder(folder, world)
         origin = warm_start.begin(model, config.run, config.checkpoint, world)
+        preflight.check_folder(folder, world)
         with (
             logging_to(folder, world),
             supervised(config.health, folder, world, timeout_sec=parallel.timeout_sec) as health,

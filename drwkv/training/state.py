@@ -170,7 +170,7 @@ def go_back(state: TrainState, checkpoints: Checkpoints, bad_n: int) -> None:
 
 def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
     """ValueError for the first key that changes the meaning of the run and differs from the checkpoint's."""
-    saved = {**BEFORE_THEY_WERE_KEYS, **saved}
+    saved, now = {**BEFORE_THEY_WERE_KEYS, **saved}, {**BEFORE_THEY_WERE_KEYS, **now}
     for key in sorted(saved.keys() | now.keys()):
         if saved.get(key) != now.get(key):
             raise ValueError(

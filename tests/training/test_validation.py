@@ -18,7 +18,7 @@ from drwkv.data.loader import Batch, open_data
 from drwkv.diffusion.gaussian import GaussianProcess
 from drwkv.models import create
 from drwkv.storage import open_storage
-from drwkv.training.objective import Objective
+from drwkv.training.objective import Objective, ObjectiveConfig
 from drwkv.training.validation import Bank, ValidationConfig, open_bank, timesteps
 
 STEPS, EVERY = 200, 50
@@ -331,8 +331,9 @@ def test_the_noise_of_the_bank_is_none_that_is_trained_on_and_nothing_is_dropped
         drop_path_rate=0.5,
     )  # fmt: skip
     objective = Objective(
-        GaussianProcess(), model, bank.data.manifest, seed=0, label_drop=0.9, device=torch.device("cpu")
-    )
+        GaussianProcess(), model, bank.data.manifest, ObjectiveConfig(),
+        seed=0, label_drop=0.9, device=torch.device("cpu"),
+    )  # fmt: skip
     batch: Batch = bank.read(np.arange(400))
     t = torch.from_numpy(bank.t[:400])
     held_out, trained = objective.held_out_inputs(batch, t, seed=0), objective.inputs(batch)
