@@ -14,15 +14,15 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter as Writer
 
 import train_dist
 from drwkv import command
 from drwkv.data.loader import Data
+from drwkv.training.checkpoint import step_of
+from drwkv.training.checkpoint_files import ShardWriter
 from drwkv.training.objective import Objective
 
 FOR_EVER_SEC = 600
@@ -30,7 +30,7 @@ FOR_EVER_SEC = 600
 
 def strike(kind: str, rank: int, steps: list[int], batch_size: int) -> None:
     """Put the mishap in the place of what works."""
-    plain_inputs, plain_losses, plain_write = Objective.inputs, Objective.losses, Writer.write_data
+    plain_inputs, plain_losses, plain_write = Objective.inputs, Objective.losses, ShardWriter.write_data
     plain_batches = Data.batches
     mine = int(os.environ.get("RANK", "0")) == rank
     at = [-1]  # the step whose batch was looked at last
@@ -51,14 +51,13 @@ def strike(kind: str, rank: int, steps: list[int], batch_size: int) -> None:
                 raise OSError("shard 7 is gone")
             yield batch
 
-    def write_data(self: Writer, plan: Any, planner: Any) -> Any:
-        step = int(Path(str(self.path)).name.removeprefix("step_").removesuffix(".tmp"))
-        if kind == "disk" and mine and step >= steps[0]:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+    def write_data(self: ShardWriter, plan: Any, planner: Any) -> Any:
+        if kind == "disk" and mine and step_of(self._name) >= steps[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._name)
         return plain_write(self, plan, planner)
 
     Objective.inputs, Objective.losses = inputs, losses  # type: ignore[method-assign]
-    Data.batches, Writer.write_data = batches, write_data  # type: ignore[method-assign, assignment]
+    Data.batches, ShardWriter.write_data = batches, write_data  # type: ignore[method-assign, assignment]
 
 
 def main() -> None:
