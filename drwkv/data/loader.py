@@ -205,7 +205,12 @@ class Loader:
                 x.numpy()[mine], y[mine] = shard_set.read(ids[mine], None if flip is None else flip[mine])
         self._tell_replaced(n, which, ids, flip)
         sample_id = torch.from_numpy(ids + self._first_ids[which])
-        return Batch(torch.from_numpy(n), sample_id, x, torch.from_numpy(y))
+        counters, labels = torch.from_numpy(n), torch.from_numpy(y)
+        if (
+            self._pin
+        ):  # a copy from memory that is not pinned may wait for all that the GPU has been given to do
+            counters, labels = counters.pin_memory(), labels.pin_memory()
+        return Batch(counters, sample_id, x, labels)
 
     def _tell_replaced(
         self, n: np.ndarray, which: np.ndarray, ids: np.ndarray, flip: np.ndarray | None

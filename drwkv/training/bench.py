@@ -136,7 +136,10 @@ def synthetic_batch(model: ModelConfig, size: int, world: World) -> Batch:
     generator = torch.Generator().manual_seed(world.rank)
     x = torch.randn(size, 2 * channels, height, width, generator=generator).to(torch.float16)
     n = torch.arange(size) + world.rank * size
-    return Batch(n, n, x.pin_memory() if world.device.type == "cuda" else x, n % (model.num_classes or 1))
+    y = n % (model.num_classes or 1)
+    if world.device.type == "cuda":
+        n, x, y = n.pin_memory(), x.pin_memory(), y.pin_memory()
+    return Batch(n, n, x, y)
 
 
 def measure(plan: Plan, row: Row, speed: Speed, world: World) -> Row:

@@ -46,7 +46,8 @@ def speed_of(model: nn.Module, precision: str, peak_tflops: float | None, world:
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         world.barrier()  # ranks that share a CPU share its peak: all measure at once
         peaks = [peak for (peak,) in of_all_ranks(world, [matmul_flops(world.device, dtype)])]
-        warn_of_slow_devices(peaks)
+        if world.device.type == "cuda":  # on a CPU other programs decide
+            warn_of_slow_devices(peaks)
         peak = min(peaks)
     else:
         peak = peak_tflops * 1e12
