@@ -62,7 +62,7 @@ def train(model: nn.Module, batch_size: int) -> None:
     ("config", "kinds"),
     [
         (ActivationConfig("none"), KINDS),
-        (ActivationConfig("full"), KINDS),
+        pytest.param(ActivationConfig("full"), KINDS, marks=pytest.mark.proof),
         (ActivationConfig("selective"), KINDS),
         (ActivationConfig("full", every=2), 2 * KINDS - 1),  # the one with LN_0 is always checkpointed
     ],
