@@ -67,6 +67,7 @@ def train(config: TrainConfig) -> None:
             supervised(config.health, folder, world, timeout_sec=parallel.timeout_sec) as health,
             contextlib.ExitStack() as at_end,
         ):
+            run_folder.withdraw_requeue(folder, world)
             _train(config, model, process, data, bank, folder, world, health, at_end, origin)
 
 
@@ -97,7 +98,7 @@ def _train(
         log.info("run %s is finished: %d of %d steps are done", folder, state.step, run.total_steps)
         health.end("finished")
         return
-    preflight.check_room(checkpoints.folder, state.num_bytes(num_params), world)
+    preflight.check_room(checkpoints.folder, state.num_bytes(num_params), checkpoints.num_to_come, world)
     preflight.time_all_reduce(world)
     run_folder.begin(folder, config, data.manifest, world, step=state.step, origin=origin)
     snapshots = Snapshots(folder, config, world, step=state.step)
@@ -123,7 +124,9 @@ def _train(
         health.at(state.step, "waiting for data")
         profiler.before(state.step)
         batch_size = run.batch_size_at(state.step)
-        micro_batches = health.guard(partial(ranks.fetch, partial(batches.next, state.n, batch_size)))
+        is_skipped = state.is_skipped(batch_size)
+        fetch = partial(ranks.fetch, partial(batches.next, state.n, batch_size))
+        micro_batches = None if is_skipped else health.guard(fetch)
         health.note_error(checkpoints.failure() or snapshots.failure())
         health.at(state.step, "hearing from all ranks")
         if stop_reason := health.agree():
@@ -131,7 +134,8 @@ def _train(
 
         # Take the step and hear what became of the one before, or pass over what is skipped.
         health.at(state.step, "training")
-        if state.leaves_out(batch_size):
+        if is_skipped:
+            state.leave_out(batch_size)
             monitor.left_out(state.step - 1, state.n - batch_size, batch_size)
         else:
             assert micro_batches is not None

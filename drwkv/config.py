@@ -220,7 +220,7 @@ def _check_health(config: TrainConfig) -> None:
     for key in ("max_rollbacks", "spike_deviations", "max_spikes_in_row", "grace_sec"):
         value = getattr(health, key)
         require(value >= 0, f"health.{key}", value, "give 0 or more")
-    for key in ("heartbeat_sec", "lock_sec"):
+    for key in ("heartbeat_sec", "lock_sec", "lost_sec"):
         value = getattr(health, key)
         require(value > 0, f"health.{key}", value, "give a time above 0")
     require(

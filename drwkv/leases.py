@@ -26,6 +26,7 @@ log = logging.getLogger("drwkv")
 
 BEATS_PER_LEASE = 4  # a lease is renewed this often within lease_sec
 STALLED_LEASES = 20  # times lease_sec without progress, after which a worker's leases are renewed no more
+MOST_WAIT_SEC = 10.0  # for the last beat, at the end
 MAX_PAUSE_SEC = 2.0  # between looks at what others hold
 
 
@@ -53,13 +54,18 @@ class Leases:
         self._progress = time.monotonic()
         self._beating = threading.Thread(target=self._beat, name="drwkv-leases", daemon=True)
 
+    @property
+    def worker(self) -> str:
+        """What tells this worker from all others."""
+        return str(self._owner["worker"])
+
     def __enter__(self) -> Leases:
         self._beating.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        self._beating.join()
+        self._beating.join(MOST_WAIT_SEC)  # it may hang with its storage
         for unit in list(self._held):
             # A lease that stays is given up for dead by others in time.
             with contextlib.suppress(StorageError, OSError):

@@ -10,7 +10,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from drwkv.cpu import keep_freed_memory
+
+PATIENCE = 6  # times the timeout of collectives, for what is slow by nature: a save, a look at many samples
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,6 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def with_own_background(self, *, timeout_sec: float) -> World:
-        """The same with another group for background saves, for a second saver beside the first. Collective."""
-        timeout = datetime.timedelta(seconds=timeout_sec)
-        return replace(self, background=dist.new_group(backend="gloo", timeout=timeout))
-
     def barrier(self) -> None:
         """Wait for all ranks. Collective."""
         self.agree_max([0.0])
@@ -81,7 +78,9 @@ def session(*, timeout_sec: float = 600.0, cpu_threads: int | None = None) -> It
     if cpu_threads is not None:
         torch.set_num_threads(cpu_threads)
     if torch.cuda.is_available():
-        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        # Some launchers show each process its own GPU alone.
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
@@ -93,11 +92,19 @@ def session(*, timeout_sec: float = 600.0, cpu_threads: int | None = None) -> It
     else:
         store, rank, size = dist.HashStore(), 0, 1
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
-    background = dist.new_group(backend="gloo", timeout=timeout)
+    # What is saved behind the loop may take its time on one rank, while others wait for it.
+    background = dist.new_group(backend="gloo", timeout=PATIENCE * timeout)
     try:
         yield World(rank, size, local_rank, device, background, store.clone())
+    except BaseException:
+        if (
+            device.type == "cuda"
+        ):  # to be destroyed, NCCL would wait for ranks that may be in a collective for ever
+            dist.distributed_c10d._abort_process_group()
+        raise
     finally:
         # A device mesh that outlives its process group aborts the process at exit: drop what is unreachable first.
         del background
         gc.collect()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -133,6 +133,12 @@ class Checkpoints:
         self._writing: Future[None] | None = None
         self._on_first(self._store.clean_up)
 
+    @property
+    def num_to_come(self) -> int:
+        """Checkpoints that the folder must have room for: the next one, and until it is full the one after it."""
+        full = self._on_first(lambda: len(self._store.whole()) >= max(1, self._config.keep_last))
+        return 1 if full else 2
+
     def due(self, step: int) -> bool:
         """Whether the state after `step` steps is to be saved."""
         return every(step, self._config.every_steps)
@@ -165,8 +171,17 @@ class Checkpoints:
     ) -> None:  # fmt: skip
         """The part of a save that is not the loop's."""
         first, group = self._world.is_first, self._world.background
-        known = [self._store.is_whole(name) if first else None]
+        if self._world.device.type == "cuda":
+            torch.cuda.set_device(self._world.device)  # of this thread; else it makes a context on GPU 0
+        known: list[Any] = [None]
+        if first:
+            try:
+                known = [self._store.is_whole(name)]
+            except (OSError, StorageError) as error:
+                known = [error]
         dist.broadcast_object_list(known, src=0, group=group)
+        if isinstance(known[0], Exception):
+            raise known[0]
         if known[0]:
             return
         step = step_of(name)
@@ -175,7 +190,7 @@ class Checkpoints:
         staged.wait()
         writer = ShardWriter(self._store, name, staged, rank=self._world.rank, shapes=sizes, scalars=scalars)
         try:
-            dcp.save({}, storage_writer=writer, planner=StagedPlanner(staged), process_group=group)
+            dcp.save({}, storage_writer=writer, planner=StagedPlanner(), process_group=group)
         except BaseException:
             if first:
                 self._store.abandon(name)

@@ -1,6 +1,6 @@
 """How a state's tensors become files: copied aside on each rank, then written as safetensors behind the loop's back.
 
-torch.distributed.checkpoint plans the save and gathers its outcome; the staging and the writer of files are ours. Its
+torch.distributed.checkpoint runs the save and gathers its outcome; the staging and the writer of files are ours. Its
 own copy every replica on every rank, and build each file in memory first, holding Python's lock, which stalls the loop
 for as long. A file holds one kind of tensors (`model.`, `ema.`, ...) of one rank, as KIND-RANK.safetensors, with the
 offsets of the parts in its header, where DCP's reader looks for them. None is a pickle, as DCP's own metadata is.
@@ -115,15 +115,20 @@ class Staged:
 
 
 class StagedPlanner(DefaultSavePlanner):
-    """DCP's planner of a save, for tensors that `Staging` has shared out and copied."""
+    """Plans nothing: `Staging` has shared the tensors out, and the writer counts whether the parts make the whole.
 
-    def __init__(self, staged: Staged) -> None:
+    The plans of all ranks on rank 0 would hold Python's lock there for seconds, and with it the loop.
+    """
+
+    def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._staged = staged
 
     def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan(self._staged.items)
+        self.plan = SavePlan([])
         return self.plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return all_plans, Metadata({})
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ class ShardWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         by_kind: dict[str, list[WriteItem]] = {}
-        for item in plan.items:
+        for item in self._staged.items:
             by_kind.setdefault(kind_of(item.index.fqn), []).append(item)
         results = []
         tensors = self._staged.tensors

@@ -43,10 +43,7 @@ NEGLIGIBLE = 1e-9  # coefficients below the rounding of float32: their averages 
 
 
 class Snapshots:
-    """Saves the power-function averages of a run every `ema.snapshot_every_steps` steps, all of which are kept.
-
-    A group of its own lets it write while a checkpoint is written: in one group their collectives would mix.
-    """
+    """Saves the power-function averages of a run every `ema.snapshot_every_steps` steps, all of which are kept."""
 
     def __init__(self, folder: Path, config: TrainConfig, world: World, *, step: int) -> None:
         self._kept: Checkpoints | None = None
@@ -56,8 +53,7 @@ class Snapshots:
                 keep_every_steps=1,
                 asynchronous=config.checkpoint.asynchronous,
             )
-            apart = world.with_own_background(timeout_sec=config.parallel.timeout_sec)
-            self._kept = Checkpoints(folder / FOLDER, keep_all, apart)
+            self._kept = Checkpoints(folder / FOLDER, keep_all, world)
             self.rewind(step)
 
     def save_if_due(self, state: TrainState) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+MEDIAN_STEPS = 1000
 STALL = 3.0  # a step counts with at most so many times the median of the steps of its start
 
 
@@ -35,11 +36,18 @@ class Goodput:
             if not line["skipped"]:
                 seconds[max(0, bisect_right(bounds, line["step"]) - 1)].append(line["seconds"])
         *before, self._seconds = seconds
+        # Of a long start the median is taken anew now and then alone.
+        self._counted: float | None = None
+        self._most = 0.0  # that a step counts with
         self._sec_before, self._steps_before = sum(map(_that_count, before)), sum(map(len, before))
 
     def add(self, seconds: float) -> None:
         """Count one more step of the start that goes on."""
         self._seconds.append(seconds)
+        if self._counted is not None and len(self._seconds) % MEDIAN_STEPS:
+            self._counted += min(seconds, self._most)
+        else:
+            self._counted = None
 
     @property
     def num_steps(self) -> int:
@@ -48,7 +56,12 @@ class Goodput:
     @property
     def step_sec(self) -> float:
         """Seconds in steps that count."""
-        return self._sec_before + _that_count(self._seconds)
+        if self._counted is None:
+            found = _that_count(self._seconds)
+            if len(self._seconds) < MEDIAN_STEPS:
+                return self._sec_before + found
+            self._counted, self._most = found, STALL * float(np.median(self._seconds))
+        return self._sec_before + self._counted
 
     def share(self, now: float | None = None) -> float:
         """Goodput at `now` (a time of day in seconds; None: this moment)."""

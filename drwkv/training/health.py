@@ -50,8 +50,9 @@ class HealthConfig:
     max_spikes_in_row: int = 0  # such steps in a row that send the run back, too; 0: they are told alone
     heartbeat_sec: float = 5.0  # time between signs of life of each rank, and between writings of status.json
     stall_sec: float | None = (
-        None  # standing still for so long ends the run with a report; None: 95 % of parallel.timeout_sec; 0: never
+        None  # standing still for so long ends the run; None: a little less than parallel.timeout_sec; 0: never
     )
+    lost_sec: float = 60.0  # a rank without a sign of life for so long is taken for gone, which ends the run
     lock_sec: float = 60.0  # a run folder whose run gave no sign of life for so long may be taken over
     max_hours: float | None = (
         None  # of this job, from its start; None: what SLURM allows it, if it is one of its

@@ -76,7 +76,8 @@ class Monitor:
     ) -> None:  # fmt: skip
         self._folder, self._config, self._world, self._on_record = folder, config, world, on_record
         self._total_steps, self._speed = total_steps, speed
-        self._pending: tuple[StepRecord, float] | None = None  # with the seconds that its step took
+        # A record, what waits for its numbers, and the seconds that its step took.
+        self._pending: tuple[StepRecord, Callable[[], list[float]], float] | None = None
         self._metrics: TextIO | None = None
         self._writer: SummaryWriter | None = None
         self._bar: tqdm | None = None
@@ -112,17 +113,18 @@ class Monitor:
         self._open(step)
 
     def record(self, record: StepRecord) -> None:
-        """Take one step's record; writes the one before, whose numbers the device has by now."""
+        """Take one step's record, and write the one before; on a GPU this step may have only been launched."""
+        numbers = _on_their_way(record)
         self.flush()
         now = time.perf_counter()
-        self._pending, self._last_time = (record, now - self._last_time), now
+        self._pending, self._last_time = (record, numbers, now - self._last_time), now
 
     def flush(self) -> None:
         """Write the record that waits, if any; waits for its step on the device."""
         if self._pending is None:
             return
-        (record, seconds), self._pending = self._pending, None
-        loss, norm, found_inf = torch.stack([record.loss, record.grad_norm, record.found_inf]).tolist()
+        (record, numbers_of, seconds), self._pending = self._pending, None
+        loss, norm, found_inf = numbers_of()
         for listener in self._on_record:
             listener(record, loss, bool(found_inf))
         if self._metrics is None or self._bar is None or self._goodput is None:
@@ -201,6 +203,26 @@ class Monitor:
                 part.close()
 
 
+def _on_their_way(record: StepRecord) -> Callable[[], list[float]]:
+    """Have the numbers of a step copied to the host as soon as the device has them; the result waits for no later step.
+
+    Asked of the device later, they would come behind the step that has been launched meanwhile.
+    """
+    numbers = torch.stack([record.loss, record.grad_norm, record.found_inf])
+    if not numbers.is_cuda:
+        return numbers.tolist
+    here = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    here.copy_(numbers, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return list(here.tolist())
+
+    return read
+
+
 class Audit:
     """One line for each sample that this rank trains on: step, n, sample id, crc32c of x_t's bytes."""
 
@@ -246,18 +268,21 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     with path.open() as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+        for number, line in enumerate(file, 1):
+            try:
+                if line.endswith("\n"):
+                    yield json.loads(line)
+            except json.JSONDecodeError:  # a machine went down while it was written
+                log.warning("%s: line %d cannot be read and is left out: %.80r", path, number, line)
 
 
 def cut_back(path: Path, step: int) -> None:
     """Keep the records of steps before `step` alone, so that what is done again is not written twice."""
     if not path.exists():
         return
-    kept = [record for record in read_lines(path) if record["step"] < step]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    with temporary.open("w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in read_lines(path) if record["step"] < step)
     temporary.replace(path)
 
 

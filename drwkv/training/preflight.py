@@ -22,7 +22,6 @@ from drwkv.storage import is_remote
 from drwkv.training.run_folder import commit, versions
 
 log = logging.getLogger("drwkv")
-SAVES = 2  # checkpoints that must fit on the disk: one is removed when the next one is whole
 REDUCED_BYTES = 16 << 20
 ROUNDS = 3
 # Bytes of a parameter in the CPU's memory: float32 weight, two moments and average; with `all` its gradient too.
@@ -64,19 +63,19 @@ def check_folder(folder: Path, world: World) -> None:
         )
 
 
-def check_room(folder: Path | str, num_bytes: int, world: World) -> None:
-    """OSError on all ranks unless the disk of `folder` has room for two checkpoints of `num_bytes`. Collective.
+def check_room(folder: Path | str, num_bytes: int, num_checkpoints: int, world: World) -> None:
+    """OSError on all ranks unless the disk of `folder` has room for so many checkpoints of `num_bytes`. Collective.
 
     What lies on S3 has no limit that could be asked for.
     """
     if is_remote(folder):
         return
-    needed = SAVES * num_bytes
+    needed = num_checkpoints * num_bytes
     free = world.from_first(shutil.disk_usage(folder).free if world.is_first else None)
     if free < needed:
         raise OSError(
-            f"{folder}: {free / 2**30:.2f} GiB are free, and two checkpoints need {needed / 2**30:.2f}: free some "
-            "space, or give another folder"
+            f"{folder}: {free / 2**30:.2f} GiB are free, and {num_checkpoints} checkpoints need {needed / 2**30:.2f}: "
+            "free some space, or give another folder"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import platform
 import subprocess
 import time
@@ -36,7 +37,7 @@ PACKAGES = ("torch", "numpy", "deepspeed", "diffusers", "safetensors", "webdatas
 def begin(
     folder: Path, config: Any, manifest: Manifest, world: World, *, step: int, origin: Origin | None = None
 ) -> None:
-    """Write config.yaml and the data's manifest, add this start to starts.jsonl, drop an old request to requeue.
+    """Write config.yaml and the data's manifest, and add this start to starts.jsonl.
 
     Checkpoints that lie elsewhere get both files too: who has them alone can sample.
     """
@@ -50,7 +51,6 @@ def begin(
         write_whole(folder / name, data)
         if config.checkpoint.folder is not None:
             open_storage(config.checkpoint.folder).write(name, data)
-    (folder / REQUEUE).unlink(missing_ok=True)
     start = {
         "time": time.time(),
         "step": step,
@@ -63,6 +63,8 @@ def begin(
     }
     with (folder / "starts.jsonl").open("a") as file:
         file.write(json.dumps(start) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     log.info("run %s: from step %d on %d processes (%s)", folder, step, world.size, world.device.type)
     if origin:
         log.info("first weights: %s of %s (sha256 %s)", origin.weights, origin.path, origin.sha256)
@@ -70,6 +72,12 @@ def begin(
             log.warning("first weights: trained on latents of another VAE, sha256 %s", origin.vae_hash)
     elif config.run.start_from:
         log.info("run.start_from=%s is left aside: the run has its own checkpoints", config.run.start_from)
+
+
+def withdraw_requeue(folder: Path, world: World) -> None:
+    """Drop an old request to requeue: whatever becomes of this start, it is another one that asks."""
+    if world.is_first:
+        (folder / REQUEUE).unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str | None]:

@@ -27,7 +27,8 @@ class RunLock:
     def __init__(self, folder: Path, lock_sec: float, world: World) -> None:
         self._folder, self._lock_sec, self._world = folder, lock_sec, world
         self._job = os.environ.get("SLURM_JOB_ID")
-        about = {"job": self._job, "since": time.time()}
+        self._restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+        about = {"job": self._job, "restarts": self._restarts, "since": time.time()}
         self._leases = Leases(open_storage(folder), ".", lease_sec=lock_sec, about=about)
 
     def __enter__(self) -> RunLock:
@@ -54,7 +55,11 @@ class RunLock:
     def _take(self) -> str | None:
         """None when the folder is this run's, else why it is not. Waits while its holder may be dead."""
         holder = self._leases.holder(LOCK)
-        if self._job is not None and holder.get("job") == self._job:
+        if (
+            self._job is not None
+            and holder.get("job") == self._job
+            and holder.get("restarts") != self._restarts
+        ):
             open_storage(self._folder).remove(LOCK)  # a job that is queued again has ended before
         pauses, until = wait_sec(self._lock_sec), time.monotonic() + 1.5 * self._lock_sec
         told = False
@@ -75,7 +80,7 @@ class RunLock:
             time.sleep(next(pauses))
         if holder:
             time.sleep(SETTLE_SEC)
-            if self._leases.holder(LOCK).get("pid") != os.getpid():
+            if self._leases.holder(LOCK).get("worker") != self._leases.worker:
                 return f"{self._folder} has just been taken by {self._named()}"
         return None
 

@@ -116,14 +116,15 @@ class TrainState:
             if n1 > self.n:
                 self.list_skipped(max(n0, self.n), n1)
 
-    def leaves_out(self, batch_size: int) -> bool:
-        """Whether the next batch touches a window that is skipped; if so it is listed whole and passed over."""
+    def is_skipped(self, batch_size: int) -> bool:
+        """Whether the next batch touches a window that is skipped."""
         n0, n1 = self.n, self.n + batch_size
-        if not any(a < n1 and n0 < b for a, b in self.skipped):
-            return False
-        self.list_skipped(n0, n1)
+        return any(a < n1 and n0 < b for a, b in self.skipped)
+
+    def leave_out(self, batch_size: int) -> None:
+        """List the next batch whole as skipped and pass over it."""
+        self.list_skipped(self.n, self.n + batch_size)
         self.advance(batch_size)
-        return True
 
     def advance(self, batch_size: int) -> None:
         """Count one batch as consumed."""

@@ -27,7 +27,7 @@ def main() -> None:
 
         stream, found = batches(), {}
         for _ in range(STEPS * LOOKS):
-            ranks.fetch(stream)
+            ranks.fetch(stream.__next__)
             with ranks.working():
                 end = time.thread_time() + (0.02 if world.rank else 0.06)
                 while time.thread_time() < end:

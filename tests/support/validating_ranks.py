@@ -36,7 +36,8 @@ def validate(config: TrainConfig, out: Path, world: World) -> None:
     )
     bank = open_bank(config.validation, data, config.model, process.num_timesteps)
     objective = Objective(
-        process, model, data.manifest, seed=config.run.seed, label_drop=config.run.label_drop, device=world.device
+        process, model, data.manifest, config.objective,
+        seed=config.run.seed, label_drop=config.run.label_drop, device=world.device,
     )  # fmt: skip
     engine = wrap(model, partial(optimizer.build, config=config.optimizer), config.parallel, world)
     checkpoints = Checkpoints(Path(config.run.folder) / "checkpoints", config.checkpoint, world)

@@ -176,7 +176,7 @@ def test_a_run_that_goes_back_takes_its_snapshots_anew(
     found = [read_scalars(path) for path in whole_checkpoints(tmp_path / "ema_snapshots")]
     assert [(s["step"], s["updates"]) for s in found] == [(2, 2), (4, 4), (6, 6), (8, 6), (10, 6), (12, 8)]
     log = (tmp_path / "log.txt").read_text()
-    assert [log.count(f"ema_snapshots/step_{step:08d}.tmp") for step in (4, 6, 8)] == [1, 2, 2]
+    assert [log.count(f"ema_snapshots/step_{step:08d}\n") for step in (4, 6, 8)] == [1, 2, 2]
     assert [s.updates for s in stored(tmp_path, CheckpointConfig())] == [2, 4, 6, 8]
 
 

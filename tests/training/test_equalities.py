@@ -6,6 +6,7 @@ that every rank writes, not from the counter.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,10 +140,11 @@ def test_a_finished_run_says_so_and_changes_nothing(
     run: Run, applications: Applications, digits: Path
 ) -> None:
     folder = run()
+    told = {"log.txt", "status.json"}  # that it was asked again
     before = {
         path: path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "log.txt"
+        if path.is_file() and path.name not in told
     }
     finished = applications.run(
         "train_dist.py", "--config", str(folder / "config.yaml"), f"run.total_steps={STEPS}",
@@ -151,6 +153,7 @@ def test_a_finished_run_says_so_and_changes_nothing(
     after = {
         path: path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "log.txt"
+        if path.is_file() and path.name not in told
     }
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
     assert before == after

@@ -59,10 +59,19 @@ def test_a_job_that_is_queued_again_takes_its_own_lock_at_once(
     tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "41")
-    foreign(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    foreign(tmp_path, restarts="0")
     begin = time.monotonic()
     with RunLock(tmp_path, 60.0, world):
         assert time.monotonic() - begin < 5
+
+
+def test_a_second_run_in_the_same_job_is_refused(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    with RunLock(tmp_path, 0.5, world), pytest.raises(ValueError, match="is in use by job 41, process"):
+        RunLock(tmp_path, 0.5, world).__enter__()
 
 
 def test_a_run_whose_lock_was_taken_over_hears_of_it_and_leaves_it_alone(

@@ -226,7 +226,7 @@ def test_a_label_table_of_other_classes_and_settings_without_tensors_are_refused
 
 def test_a_damaged_checkpoint_starts_no_run(train: Run, tmp_path: Path) -> None:
     source = train(4)
-    path = next(end(source).glob("*.safetensors"))
+    path = next(end(source).glob("ema-*.safetensors"))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from processes import Applications, Group
 
-from drwkv.training.watch import Place, blame
+from drwkv.training.board import Place, blame
 
 BEAT = ["health.heartbeat_sec=0.3"]
 
@@ -99,6 +99,49 @@ def test_a_rank_that_is_killed_is_named_by_the_others(
     gone = "rank 1 is gone, last seen at step" if lost == 1 else "rank 0, or its launcher"
     assert len(errors) == 1 and gone in errors[0], finished.output
     assert "Traceback" not in finished.output
+
+
+HANGING = """
+import sys, time
+from pathlib import Path
+from drwkv.parallel import session
+from drwkv.training.board import Board
+from drwkv.training.health import HealthConfig
+from drwkv.training.watch import Watch
+Board.failed = lambda self: time.sleep(600)
+config = HealthConfig(heartbeat_sec=0.1, lost_sec=1, stall_sec=1)
+with session() as world, Watch(Path(sys.argv[1]), config, world, timeout_sec=60):
+    time.sleep(600)
+"""
+
+
+def test_a_store_that_does_not_answer_ends_the_process_with_its_stacks(
+    applications: Applications, tmp_path: Path
+) -> None:
+    finished = applications.start("-c", HANGING, str(tmp_path)).wait(60)
+    assert finished.codes == [1]
+    assert "Timeout (0:00:02)!" in finished.output and "in _run" in finished.output
+
+
+# Rank 1 does not beat any more, as if its machine were gone, and all wait for it.
+SILENT = SLEEPER.replace(
+    "        time.sleep(600)",
+    """        from drwkv.training.watch import Watch
+        Watch._beat = lambda self: time.sleep(600)
+        time.sleep(600)""",
+)
+
+
+def test_a_rank_without_a_sign_of_life_is_named_long_before_a_collective_gives_up(
+    applications: Applications, digits: Path, tmp_path: Path
+) -> None:
+    group = applications.start(
+        "-c", SILENT, *arguments(digits, tmp_path, 50, "health.lost_sec=3"), world_size=2
+    )
+    assert group.processes[0].wait(60) == 1
+    group.kill()
+    assert status(tmp_path)["state"] == "failed"
+    assert status(tmp_path)["reason"].startswith("rank 1 is gone, last seen at step 4, training")
 
 
 def place(moves: int, beat: int = 3) -> Place:
