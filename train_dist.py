@@ -45,7 +45,7 @@ log = logging.getLogger("drwkv")
 def train(config: TrainConfig) -> None:
     """Run, or go on with, the training run that `config` describes, as one of the ranks that the launcher started.
 
-    Raises ValueError or FileNotFoundError for what the user can mend, before anything is written.
+    Raises ValueError or OSError for what the user can mend, before the config or a checkpoint is written.
     """
     check_train(config)
     parallel, folder = config.parallel, Path(config.run.folder)
@@ -167,7 +167,10 @@ def _train(
             with monitor.aside():
                 if not health.in_bad_row:
                     checkpoints.save(state.step, state.tensors, state.scalars(), wait=False)
-        snapshots.save_if_due(state)
+        if snapshots.due(state.step):
+            health.at(state.step, "saving")
+            with monitor.aside():
+                snapshots.save(state)
         if every(state.step, config.monitor.grid_every_steps):
             health.at(state.step, "drawing a grid")
             with monitor.aside():

@@ -123,7 +123,7 @@ def check_train(config: TrainConfig) -> None:
     run = config.run
     require(0 <= run.seed < 2**32, "run.seed", run.seed, "give 0 <= seed < 2**32")
     require(0.0 <= run.label_drop < 1.0, "run.label_drop", run.label_drop, "give a probability in [0, 1)")
-    _check_parallel(config.parallel)
+    check_parallel(config.parallel)
     for key in ("total_steps", "batch_size", "accumulate"):
         require(getattr(run, key) >= 1, f"run.{key}", getattr(run, key), "give 1 or more")
     for window in run.skip:
@@ -141,6 +141,7 @@ def check_train(config: TrainConfig) -> None:
     advice = "give a finite number, 0 or more"
     require(0.0 <= objective.vlb_weight < math.inf, "objective.vlb_weight", objective.vlb_weight, advice)
     require(config.optimizer.lr > 0, "optimizer.lr", config.optimizer.lr, "give a positive rate")
+    _check_optimizer(config.optimizer)
     betas = (config.optimizer.beta1, config.optimizer.beta2)
     require(
         all(0.0 <= beta < 1.0 for beta in betas), "optimizer.beta1, beta2", betas, "give decays in [0, 1)"
@@ -190,7 +191,8 @@ def _check_ema(ema: EmaConfig) -> None:
     require(bool(ema.widths) or not every_steps, "ema.snapshot_every_steps", every_steps, advice)
 
 
-def _check_parallel(parallel: ParallelConfig) -> None:
+def check_parallel(parallel: ParallelConfig) -> None:
+    """Check how a model is to run on many ranks; ValueError as `check_train`."""
     for key, value in (
         ("blocks_per_unit", parallel.blocks_per_unit),
         ("replicas", parallel.replicas),
@@ -211,6 +213,21 @@ def _check_parallel(parallel: ParallelConfig) -> None:
     require(fits, "parallel.precision", parallel.precision, advice)
     advice = "the hooks of engine zero3 are in the blocks and would break every graph: give fsdp, or zero2"
     require(can_compile or not parallel.compile, "parallel.compile", parallel.compile, advice)
+
+
+def _check_optimizer(config: OptimizerConfig) -> None:
+    most = config.max_grad_norm
+    require(
+        most is None or most > 0,
+        "optimizer.max_grad_norm",
+        most,
+        "give a norm above 0, or null for no clipping",
+    )
+    require(config.eps > 0, "optimizer.eps", config.eps, "give a number above 0")
+    for key in ("warmup_steps", "weight_decay"):
+        require(getattr(config, key) >= 0, f"optimizer.{key}", getattr(config, key), "give 0 or more")
+    for stage in config.stages:
+        require(stage.lr > 0, "optimizer.stages.lr", stage.lr, "give a positive rate")
 
 
 def _check_health(config: TrainConfig) -> None:
@@ -257,6 +274,8 @@ def _check_activations(config: ActivationConfig) -> None:
 
 def _check_grids(config: TrainConfig) -> None:
     monitor, channels = config.monitor, config.model.in_channels
+    for key in ("tensorboard_every_steps", "grid_every_steps", "ranks_every_steps"):
+        require(getattr(monitor, key) >= 0, f"monitor.{key}", getattr(monitor, key), "give 0 or more")
     peak, looks = monitor.peak_tflops, monitor.ranks_every_steps
     require(looks >= 0, "monitor.ranks_every_steps", looks, "give 0 for none, or more")
     require(peak is None or peak >= 0, "monitor.peak_tflops", peak, "give TFLOP/s, 0 for no MFU, or null")

@@ -181,8 +181,8 @@ class GaussianProcess:
         mse is the mean of (eps - eps_theta)^2 over C, H, W (DDPM eq. 14). vb is this timestep's term of the
         variational bound in bits per dimension (DDPM eq. 5), with the mean detached, so that it trains the
         variance alone (Improved DDPM section 3.1). loss = weight(t) mse + vlb_weight vb: vb is one term, not the
-        sum over T that the bound is, so the bound's weight is vlb_weight / T, 0.001 by default, the lambda of
-        Improved DDPM eq. 16. weight(t) is 1, or with `min_snr_gamma` that of `min_snr_weight`. With a fixed
+        sum over T that the bound is, so the bound's weight is vlb_weight / T: by default, where T is 1000, the
+        0.001 of Improved DDPM eq. 16. weight(t) is 1, or with `min_snr_gamma` that of `min_snr_weight`. With a fixed
         variance loss = weight(t) mse; there, and where vlb_weight is 0, vb is without gradient, to look at.
         """
         x0, x_t, eps = _wide(x0_BCHW), _wide(x_t_BCHW), _wide(eps_BCHW)

@@ -8,6 +8,7 @@ stores rows of whole tensors, as FSDP2's does, hence `whole` gathers and `take` 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -61,6 +62,9 @@ class ZeroEngine(Engine):
             model.forward = autocast(model.forward)
         self._parameters = dict(model.named_parameters())
         self._shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
+        os.environ.setdefault(
+            "LOCAL_RANK", str(world.local_rank)
+        )  # without a launcher it asks for it all the same
         optimizer = make_optimizer(self._parameters.values())
         optimizer.state.clear()  # ZeRO puts its flat buffers in the place of the parameters
         self.module, *_ = deepspeed.initialize(

@@ -97,7 +97,9 @@ class Activations:
         from torch.distributed._tools.mem_tracker import MemTracker  # half a second, and most runs need none
 
         config = self._config
-        model = without_values(replace(config.model, options={**config.model.options, "depth": depth}))
+        # Tensors without values are the CPU's, whose backend keeps what a GPU's keeps.
+        options = {**config.model.options, "depth": depth, "kernel_backend": "torch"}
+        model = without_values(replace(config.model, options=options))
         checkpoint_blocks(model.blocks_in_order(), chosen)  # type: ignore[operator]
         model._check_inputs = lambda *_: None  # type: ignore[assignment]  # it looks at labels, which have no values
         channels, height, width = config.model.shape

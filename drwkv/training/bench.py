@@ -26,6 +26,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from drwkv import command
+from drwkv.config import check_parallel
 from drwkv.data.loader import Batch
 from drwkv.data.manifest import Manifest
 from drwkv.diffusion.gaussian import GaussianProcess
@@ -84,6 +86,7 @@ class Step:
     """A training step on synthetic samples, ready to be taken again and again."""
 
     def __init__(self, plan: Plan, row: Row, world: World) -> None:
+        torch._dynamo.reset()  # or what was compiled for another row would be made fit for both
         process = GaussianProcess()
         with world.device:  # initial values are drawn there, in no time
             model = from_config(plan.model, seed=0)
@@ -145,8 +148,6 @@ def synthetic_batch(model: ModelConfig, size: int, world: World) -> Batch:
 def measure(plan: Plan, row: Row, speed: Speed, world: World) -> Row:
     """The row with its numbers: seconds from the first timed step to the end of the last on the slowest rank."""
     on_gpu = world.device.type == "cuda"
-    if row.compiled:
-        torch._dynamo.reset()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(world.device)
     try:
@@ -214,10 +215,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.depth:
         model.options["depth"] = given.depth
     plan = Plan(model, given.engine, given.precision, given.steps)
+    check_parallel(ParallelConfig(engine=plan.engine, precision=plan.precision))  # type: ignore[arg-type]
     rows = [
         Row(batch, checkpoint, compiled == "true")
         for batch, checkpoint, compiled in itertools.product(given.batch, given.checkpoint, given.compile)
     ]
+    torch.backends.cuda.matmul.allow_tf32 = ParallelConfig().tf32
     with session(cpu_threads=given.threads) as world:
         with torch.device("meta"):
             shapes = from_config(model, seed=0)
@@ -281,4 +284,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

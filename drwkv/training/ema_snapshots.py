@@ -56,9 +56,13 @@ class Snapshots:
             self._kept = Checkpoints(folder / FOLDER, keep_all, world)
             self.rewind(step)
 
-    def save_if_due(self, state: TrainState) -> None:
-        """Save the averages after `state.step` steps, if it is time; returns once they are staged. Collective."""
-        if self._kept is not None and self._kept.due(state.step):
+    def due(self, step: int) -> bool:
+        """Whether the averages after `step` steps are to be saved."""
+        return self._kept is not None and self._kept.due(step)
+
+    def save(self, state: TrainState) -> None:
+        """Save the averages after `state.step` steps; returns once they are staged. Collective."""
+        if self._kept is not None:
             tensors = state.tensors(map(kind_of, state.ema.widths))
             self._kept.save(state.step, tensors, state.snapshot_scalars(), wait=False)
 

@@ -30,9 +30,7 @@ class ObjectiveConfig:
         "none"  # of a timestep's squared error; min_snr: min(SNR, gamma) / SNR
     )
     min_snr_gamma: float = 5.0  # the gamma of min_snr, above 0: errors at SNRs above it count less
-    vlb_weight: float = (
-        1.0  # of the learned variance's term; 1: lambda = 1/T of Improved DDPM; 0: v is not trained
-    )
+    vlb_weight: float = 1.0  # of the learned variance's term; 1: the bound counts 1/T; 0: v is not trained
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Preview:
         share = -(-len(ids) // self._world.size)
         mine = ids.roll(-self._world.rank * share)[:share].to(self._world.device)
         engine.module.eval()
-        with ema.swapped_in():
+        with engine.autocast(), ema.swapped_in():
             x0 = draw(
                 engine.module,
                 self._process,
@@ -59,7 +59,7 @@ class Preview:
                 num_classes=num_classes,
                 shape=shape,
                 seed=self._seed,
-            )
+            ).float()
         engine.module.train()
         # One at a time: a VAE's forward takes far more memory than the latents.
         mine_drawn = torch.cat([encode_pixels(self._decode(one)) for one in x0.split(1)])

@@ -179,7 +179,7 @@ class Validation:
         self._config, self._bank, self._objective, self._state = config, bank, objective, state
         self._monitor, self._world = monitor, state.engine.world
         self._path = folder / "validation.jsonl"
-        self._batches: list[Batch] = []
+        self._batches: list[tuple[Batch, Tensor]] = []
         self.rewind(state.step)
 
     def rewind(self, step: int) -> None:
@@ -207,7 +207,12 @@ class Validation:
             if interrupted():
                 return
             start = k % num_batches * size
-            self._batches.append(self._bank.read(np.arange(start, start + size) % num_samples))
+            batch = self._bank.read(np.arange(start, start + size) % num_samples)
+            tensors = [*vars(batch).values(), torch.from_numpy(self._bank.t[batch.n.numpy()])]
+            if self._world.device.type == "cuda":  # copies of what is not pinned wait for the device
+                tensors = [tensor.pin_memory() for tensor in tensors]
+            *of_batch, t = tensors
+            self._batches.append((Batch(*of_batch), t))
 
     def due(self, step: int) -> bool:
         """Whether to measure after `step` steps."""
@@ -251,8 +256,7 @@ class Validation:
         """Each term (N,) of the losses of the whole bank, float64, in its order; waits for the device once."""
         assert self._bank is not None
         engine, found = self._state.engine, []
-        for batch in self._batches:
-            t = torch.from_numpy(self._bank.t[batch.n.numpy()])
+        for batch, t in self._batches:
             inputs = self._objective.held_out_inputs(batch, t, seed=self._config.seed)
             with engine.autocast():
                 terms = self._objective.terms(engine.module, inputs)

@@ -52,7 +52,7 @@ def begin(model: nn.Module, run: RunConfig, checkpoint: CheckpointConfig, world:
         return None
 
     # All ranks read what the first has found: a run that still goes on may have saved another one since.
-    place = world.from_first(str(find(run.start_from, KEY)))
+    place = _found_by_first(run.start_from, world)
     try:
         trained = open_trained(place, run.start_weights)
     except ValueError as error:
@@ -65,6 +65,21 @@ def begin(model: nn.Module, run: RunConfig, checkpoint: CheckpointConfig, world:
         input_size=trained.shape[1:],
         vae_hash=trained.manifest.vae_hash if trained.manifest else None,
     )
+
+
+def _found_by_first(path: str, world: World) -> str:
+    """What `find` gives on rank 0, or raises there, on every rank."""
+    found: str | Exception | None = None
+    if world.is_first:
+        try:
+            found = str(find(path, KEY))
+        except (ValueError, OSError) as error:
+            found = error
+    found = world.from_first(found)
+    if isinstance(found, Exception):
+        raise found
+    assert found is not None
+    return found
 
 
 @torch.no_grad()

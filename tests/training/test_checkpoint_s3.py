@@ -184,6 +184,7 @@ def arguments(digits: Path, folder: Path, steps: int, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.proof
 def test_two_processes_save_to_s3_and_one_goes_on_as_the_unbroken_run(
     applications: Applications, digits: Path, place: str, tmp_path: Path
 ) -> None:

@@ -42,9 +42,10 @@ COMPILED = {
     "compiled, selective": ["parallel.compile=true", "parallel.activations.checkpoint=selective"],
     "compiled zero2": ["parallel.engine=zero2", "parallel.compile=true"],
 }
+WITH_A_GRID = ["monitor.grid_every_steps=50", "monitor.grid_columns=1", "monitor.grid_sampler.steps=2"]
 HALF = {
-    "fsdp, bf16 weights": ["parallel.engine=fsdp", "parallel.precision=bf16_params"],
-    "zero2, bf16 weights": ["parallel.engine=zero2", "parallel.precision=bf16_params"],
+    "fsdp, bf16 weights": ["parallel.engine=fsdp", "parallel.precision=bf16_params", *WITH_A_GRID],
+    "zero2, bf16 weights": ["parallel.engine=zero2", "parallel.precision=bf16_params", *WITH_A_GRID],
     "ddp, bf16 autocast": ["parallel.engine=ddp", "parallel.precision=bf16"],
     "fsdp, bf16 autocast": ["parallel.engine=fsdp", "parallel.precision=bf16"],
     "zero1, bf16 weights": ["parallel.engine=zero1", "parallel.precision=bf16_params"],

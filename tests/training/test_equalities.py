@@ -126,6 +126,7 @@ def test_resume_on_another_world_size_and_engine_continues_the_run(run: Run, tmp
     assert audit(run()) == audit(tmp_path)
 
 
+@pytest.mark.proof
 def test_a_batch_size_changed_in_mid_run_keeps_the_order(run: Run, tmp_path: Path) -> None:
     run(world_size=2, folder=tmp_path, steps=20)
     run("run.batch_size=48", world_size=2, folder=tmp_path, steps=40)

@@ -84,6 +84,7 @@ def test_a_long_row_of_nans_sends_the_run_back_and_past_the_window(
     assert applied == [*range(96), *range(160, 192)]
 
 
+@pytest.mark.proof
 def test_a_second_row_of_nans_does_not_bring_back_the_first_window(
     applications: Applications, digits: Path, tmp_path: Path
 ) -> None:
@@ -135,7 +136,8 @@ def wait_for_steps(group: Group, folder: Path, steps: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.proof), signal.SIGUSR2]
+    "number",
+    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.proof) for n in (signal.SIGUSR1, signal.SIGUSR2))],
 )
 def test_a_signal_to_one_rank_ends_the_step_saves_and_asks_to_be_queued_again(
     applications: Applications, digits: Path, tmp_path: Path, number: signal.Signals

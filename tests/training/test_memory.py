@@ -70,6 +70,7 @@ def test_each_power_function_average_takes_as_much_as_the_fixed_one() -> None:
 DEEP = [*SMALL[:4], "model.options={patch_size: 2, hidden_size: 64, depth: 11}", "run.batch_size=4"]
 
 
+@pytest.mark.proof
 def test_a_deep_model_is_foreseen_from_shallow_ones() -> None:
     for mode in ("none", "every second"):
         config = load(TrainConfig, [*DEEP, *MODES[mode]])

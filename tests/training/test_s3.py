@@ -75,6 +75,7 @@ def wait_until_it_stands_still(group: Group, folder: Path) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.proof
 def test_a_signal_during_an_outage_saves_and_asks_to_be_requeued(
     applications: Applications, on_s3: str, faulty_s3, use_s3, tmp_path: Path
 ) -> None:

@@ -134,7 +134,7 @@ def test_no_sample_that_is_measured_is_trained_on(trained: Path, arguments: list
     assert not seen & set(bank.ids.tolist())
 
 
-@pytest.mark.parametrize("world_size", ALIKE)
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(n, marks=pytest.mark.proof) for n in (1, 3))])
 def test_one_checkpoint_gives_the_same_bits_on_any_ranks_and_under_any_engine(
     applications: Applications, trained: Path, arguments: list[str], tmp_path: Path, world_size: int
 ) -> None:

@@ -155,7 +155,8 @@ def test_files_of_weights_start_a_run_too(train: Run, source: Path, tmp_path: Pa
         )
 
 
-@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero3", marks=pytest.mark.proof)])
+@pytest.mark.proof
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
 def test_two_processes_that_shard_the_model_start_from_the_same_weights(
     applications: Applications,
     latents: dict[int, Path],
