@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -141,7 +142,7 @@ def test_a_rank_without_a_sign_of_life_is_named_long_before_a_collective_gives_u
     assert group.processes[0].wait(60) == 1
     group.kill()
     assert status(tmp_path)["state"] == "failed"
-    assert status(tmp_path)["reason"].startswith("rank 1 is gone, last seen at step 4, training")
+    assert re.match(r"rank 1 is gone, last seen at step [0-4], ", status(tmp_path)["reason"])
 
 
 def place(moves: int, beat: int = 3) -> Place:
