@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Iterator
 
 from data_prep.tar_reader import SizedReader
-from drwkv.s3 import DamagedTransferError, S3Storage
+from drwkv.s3 import S3Storage
+from drwkv.s3_checksums import DamagedTransferError
 from drwkv.storage import Storage, StorageError
 
 LOCAL_BUFFER_BYTES = 1 << 20

@@ -36,6 +36,15 @@ from botocore.exceptions import (
     ProfileNotFound,
 )
 
+from drwkv.s3_checksums import (
+    CRC_KEY,
+    DamagedTransferError,
+    check_etag,
+    check_length,
+    check_whole,
+    crc_of_file,
+    md5_of_file,
+)
 from drwkv.storage import S3_SCHEME, DamagedError, StorageError, UnavailableError, no_space_is_named
 
 log = logging.getLogger("drwkv")
@@ -45,7 +54,6 @@ MAX_PARTS = 10_000  # that S3 allows in one object
 CONNECTIONS = 8  # parts of one object on their way at once
 ATTEMPTS = 8  # of one request, beyond those that boto3 makes
 BACKOFF_SEC, MAX_BACKOFF_SEC = 0.1, 20.0  # the n-th wait is uniform in [0, min(MAX, BACKOFF 2^n)]
-CRC_KEY = "crc32c"  # of the object's metadata
 
 # What a user must mend; all else is tried again.
 _REFUSALS = {
@@ -72,10 +80,6 @@ _THERE_ALREADY = {"PreconditionFailed", "412"}
 _BEFORE_THE_BODY = {"NoSuchBucket", "InvalidBucketName", "AccessDenied", "403", "InvalidAccessKeyId"}
 
 T = TypeVar("T")
-
-
-class DamagedTransferError(Exception):
-    """Bytes that are not what was sent; tried again, and only then a StorageError."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -110,8 +114,8 @@ class S3Storage:
         def get() -> bytes:
             answer = self._call("get_object", name)
             data: bytes = answer["Body"].read()
-            _check_length(data, answer["ContentLength"])
-            _check_whole(answer, google_crc32c.value(data), lambda: hashlib.md5(data).hexdigest())
+            check_length(data, answer["ContentLength"])
+            check_whole(answer, google_crc32c.value(data), lambda: hashlib.md5(data).hexdigest())
             return data
 
         return self._attempts("read", name, get)
@@ -128,7 +132,7 @@ class S3Storage:
                     return b""
                 raise
             data: bytes = answer["Body"].read()
-            _check_length(data, answer["ContentLength"])
+            check_length(data, answer["ContentLength"])
             return data
 
         return self._attempts("read", name, get)
@@ -196,7 +200,7 @@ class S3Storage:
                 for start, data in self.read_parts(name, size):
                     target.seek(start)
                     target.write(data)
-            _check_whole(head, _crc_of_file(file), lambda: _md5_of_file(file))
+            check_whole(head, crc_of_file(file), lambda: md5_of_file(file))
 
         self._attempts("read", name, fetch)
 
@@ -234,11 +238,11 @@ class S3Storage:
             Metadata={CRC_KEY: f"{google_crc32c.value(data):08x}"},
             **condition,
         )
-        _check_etag(answer, md5.hexdigest())
+        check_etag(answer, md5.hexdigest())
 
     def _upload_parts(self, name: str, file: Path, size: int) -> None:
         part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
-        crc = {CRC_KEY: f"{_crc_of_file(file):08x}"}
+        crc = {CRC_KEY: f"{crc_of_file(file):08x}"}
         upload = self._call("create_multipart_upload", name, Metadata=crc)["UploadId"]
 
         def put(start: int) -> tuple[int, str, bytes]:
@@ -251,7 +255,7 @@ class S3Storage:
                 answer = self._call(
                     "upload_part", name, UploadId=upload, PartNumber=number, Body=data, ContentMD5=content_md5
                 )
-                _check_etag(answer, md5.hexdigest())
+                check_etag(answer, md5.hexdigest())
                 return str(answer["ETag"])
 
             # An upload whose id was damaged on its way to us is not known, and all of it begins again.
@@ -270,7 +274,7 @@ class S3Storage:
         head = self._head(name)
         if int(head["ContentLength"]) != size or head["Metadata"].get(CRC_KEY) != crc[CRC_KEY]:
             raise DamagedTransferError(f"the object that was put together has {head['ContentLength']} bytes")
-        _check_etag(head, f"{whole}-{len(parts)}")
+        check_etag(head, f"{whole}-{len(parts)}")
 
     def clean_up(self) -> None:
         top = f"{self._prefix}/" if self._prefix else ""
@@ -381,44 +385,3 @@ def _code(error: ClientError) -> str:
 
 def _status(error: ClientError) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-def _check_length(data: bytes, expected: int) -> None:
-    if len(data) != expected:
-        raise DamagedTransferError(f"{len(data)} of {expected} bytes came")
-
-
-def _check_whole(answer: dict[str, Any], crc: int, md5: Callable[[], str]) -> None:
-    """Hold a whole object against its metadata's crc32c, or against the ETag of a plain PUT."""
-    expected = answer.get("Metadata", {}).get(CRC_KEY)
-    if expected is not None:
-        if f"{crc:08x}" != expected:
-            raise DamagedTransferError(f"crc32c is {crc:08x}, expected {expected}")
-    elif _is_md5(answer) and answer["ETag"].strip('"') != (found := md5()):
-        raise DamagedTransferError(f"MD5 is {found}, expected {answer['ETag']}")
-
-
-def _check_etag(answer: dict[str, Any], md5: str) -> None:
-    """Hold the ETag of what was written against its MD5, on stores whose ETag is that."""
-    etag = str(answer.get("ETag", "")).strip('"')
-    if ("-" in md5) == ("-" in etag) and len(etag) == len(md5) and _is_md5(answer, etag) and etag != md5:
-        raise DamagedTransferError(f"the store has MD5 {etag}, sent was {md5}")
-
-
-def _is_md5(answer: dict[str, Any], etag: str | None = None) -> bool:
-    etag = str(answer.get("ETag", "")).strip('"') if etag is None else etag.partition("-")[0]
-    encrypted = answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
-    return not encrypted and len(etag) == 32 and all(c in "0123456789abcdef" for c in etag)
-
-
-def _crc_of_file(path: Path) -> int:
-    crc = google_crc32c.Checksum()
-    with open(path, "rb") as file:
-        for data in iter(lambda: file.read(PART_BYTES), b""):
-            crc.update(data)
-    return int.from_bytes(crc.digest(), "big")
-
-
-def _md5_of_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
