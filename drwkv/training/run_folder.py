@@ -70,6 +70,8 @@ def begin(
         log.info("first weights: %s of %s (sha256 %s)", origin.weights, origin.path, origin.sha256)
         if origin.vae_hash not in (None, manifest.vae_hash):
             log.warning("first weights: trained on latents of another VAE, sha256 %s", origin.vae_hash)
+        if origin.process not in (None, config.diffusion):
+            log.warning("first weights: trained for another process, %s", origin.process)
     elif config.run.start_from:
         log.info("run.start_from=%s is left aside: the run has its own checkpoints", config.run.start_from)
 

@@ -34,6 +34,7 @@ class TrainedModel:
     manifest: Manifest | None  # of its training data; None for a file that does not tell
     name: str  # where the weights were read from
     run: Path | None  # folder of the run that trained it; None for a file
+    tells_process: bool = True  # False: a file that does not tell, `process` is the usual one
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -69,8 +70,9 @@ def open_trained(path: str, weights: str) -> TrainedModel:
     place, run = _find(path, "checkpoint")
     if run is None:
         model = build(cast(Path, place), weights)
-        process = read_process(cast(Path, place)) or {"learn_variance": cast(Any, model).learn_variance}
-        return TrainedModel(model, GaussianConfig(**process), None, str(place), None)
+        told = read_process(cast(Path, place))
+        process = GaussianConfig(**(told or {"learn_variance": cast(Any, model).learn_variance}))
+        return TrainedModel(model, process, None, str(place), None, tells_process=told is not None)
     config = _read_config(run)
     model = without_values(config.model)
     model.load_state_dict(read_full(place, "ema" if weights == "ema" else "model"), assign=True)

@@ -8,6 +8,7 @@ drawn for a sample of the bank is objective.py's; grids of samples are preview.p
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import torch
 from torch import Tensor
@@ -81,6 +83,14 @@ class Bank:
     ids: np.ndarray  # (N,) int64, rising within a set
     t: np.ndarray  # (N,) int64; sample j lies in range j mod bins
     bounds: list[int]  # (bins + 1,) where the ranges of t begin and end
+
+    @functools.cached_property
+    def name(self) -> str:
+        """The same for the same samples and timesteps: numbers of another name are not to be compared."""
+        checksum = google_crc32c.Checksum("".join(s.index_hash for s in self.data.sets).encode())
+        for part in (self.which, self.ids, self.t):
+            checksum.update(part.astype("<i8").tobytes())
+        return checksum.hexdigest().decode()
 
     def read(self, j: np.ndarray) -> Batch:
         """Samples j (B,), rising or wrapped, as they are stored: no flip."""
@@ -247,7 +257,8 @@ class Validation:
             for b in range(bins)
         ]
         return {
-            "step": self._state.step, "n": self._state.n, "weights": weights, **_means(terms, slice(None)),
+            "step": self._state.step, "n": self._state.n, "weights": weights,
+            "bank": self._bank.name, **_means(terms, slice(None)),
             "bins": by_t, "seconds": time.perf_counter() - begun,
         }  # fmt: skip
 

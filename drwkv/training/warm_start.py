@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from drwkv.config import RunConfig
+from drwkv.diffusion.gaussian import GaussianConfig
 from drwkv.models.layers import resize_positions
 from drwkv.parallel.distributed import World
 from drwkv.storage import is_remote, open_storage
@@ -38,6 +39,7 @@ class Origin:
     sha256: str  # of the file; of a checkpoint's mark, which holds a checksum of each of its files
     input_size: tuple[int, int]  # (H, W) that its positions were made for
     vae_hash: str | None  # of the VAE that made its latents; None: pixels, or a file that does not tell
+    process: GaussianConfig | None  # that it was trained for; None: a file that does not tell
 
 
 def begin(model: nn.Module, run: RunConfig, checkpoint: CheckpointConfig, world: World) -> Origin | None:
@@ -64,6 +66,7 @@ def begin(model: nn.Module, run: RunConfig, checkpoint: CheckpointConfig, world:
         sha256=world.from_first(_sha256(place) if world.is_first else None),
         input_size=trained.shape[1:],
         vae_hash=trained.manifest.vae_hash if trained.manifest else None,
+        process=trained.process if trained.tells_process else None,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from data_prep.encode import EncodeConfig, encode
 from drwkv.compose import load
 from drwkv.config import TrainConfig
 from drwkv.convert import save_weights
+from drwkv.diffusion.gaussian import GaussianConfig
 from drwkv.models import create
 from drwkv.models.layers import resize_positions
 from drwkv.training.checkpoint import MARK, latest, read_full, read_scalars
@@ -121,8 +123,12 @@ def test_a_run_says_where_its_weights_came_from(train: Run, source: Path) -> Non
     manifest = json.loads((source / "data.json").read_text())
     assert start["start_from"] == {
         "path": str(end(source)), "weights": "ema", "sha256": mark, "input_size": [4, 4],
-        "vae_hash": manifest["vae_hash"],
+        "vae_hash": manifest["vae_hash"], "process": asdict(GaussianConfig()),
     }  # fmt: skip
+    assert "trained for another process" not in (run / "log.txt").read_text()
+    other = train(8, f"run.start_from={source}", "diffusion.beta_end=0.03")
+    said = "first weights: trained for another process, GaussianConfig(num_timesteps=1000, beta_start=0.0001, beta_end"
+    assert f"{said}=0.02" in (other / "log.txt").read_text()
     assert f"start_from: {source}" in (run / "config.yaml").read_text()
 
 
