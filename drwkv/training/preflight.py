@@ -74,7 +74,7 @@ def check_room(folder: Path | str, num_bytes: int, num_checkpoints: int, world: 
     free = world.from_first(shutil.disk_usage(folder).free if world.is_first else None)
     if free < needed:
         raise OSError(
-            f"{folder}: {free / 2**30:.2f} GiB are free, and {num_checkpoints} checkpoints need {needed / 2**30:.2f}: "
+            f"{folder}: {free / 2**30:.3g} GiB are free, and {num_checkpoints} checkpoints need {needed / 2**30:.3g}: "
             "free some space, or give another folder"
         )
 

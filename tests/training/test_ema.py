@@ -130,7 +130,8 @@ def test_snapshots_are_all_kept_and_those_of_a_history_that_was_left_are_removed
     snapshots = Snapshots(tmp_path, config, world, step=0)
     for _ in range(8):
         take_step(state, skipped=False)
-        snapshots.save_if_due(state)
+        if snapshots.due(state.step):
+            snapshots.save(state)
     snapshots.rewind(6)  # the save of step 8 is under way
     assert [read_scalars(path)["step"] for path in whole_checkpoints(tmp_path / "ema_snapshots")] == [2, 4, 6]
     Snapshots(tmp_path, config, world, step=5)  # a resume
@@ -150,7 +151,7 @@ def test_the_error_of_a_snapshot_is_heard_of(world: World, tmp_path: Path) -> No
     snapshots = Snapshots(tmp_path, config, world, step=0)
     (tmp_path / "ema_snapshots" / "step_00000001.tmp").write_text("in the way")
     take_step(state, skipped=False)
-    snapshots.save_if_due(state)
+    snapshots.save(state)
     with pytest.raises(OSError, match=r"ema_snapshots could not be saved"):
         snapshots.finish()
 

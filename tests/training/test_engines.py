@@ -18,10 +18,10 @@ from drwkv.training.checkpoint import latest, read_full
 STEPS, BATCH = 50, 48
 ENGINES = {  # name -> its keys; the names in FEW are proved by every run of the tests
     "ddp": ["parallel.engine=ddp"],
+    "zero3": ["parallel.engine=zero3"],
     "fsdp in two micro-batches": ["parallel.engine=fsdp", "run.accumulate=2"],
     "full checkpointing": ["parallel.engine=fsdp", "parallel.activations.checkpoint=full"],
     "zero1": ["parallel.engine=zero1"],
-    "zero3": ["parallel.engine=zero3"],
     "fsdp": ["parallel.engine=fsdp"],
     "fsdp, freed after forward": ["parallel.reshard_after_forward=true", "parallel.blocks_per_unit=1"],
     "fsdp, on the CPU": ["parallel.engine=fsdp", "parallel.offload=all"],
@@ -35,7 +35,7 @@ ENGINES = {  # name -> its keys; the names in FEW are proved by every run of the
     "zero3, optimizer on the CPU": ["parallel.engine=zero3", "parallel.offload=optimizer"],
     "zero3 with checkpointing": ["parallel.engine=zero3", "parallel.activations.checkpoint=full"],
 }  # fmt: skip
-FEW = list(ENGINES)[:5]
+FEW = list(ENGINES)[:3]
 COMPILED = {
     "compiled": ["parallel.engine=fsdp", "parallel.compile=true"],
     "compiled, full": ["parallel.compile=true", "parallel.activations.checkpoint=full"],
@@ -54,7 +54,7 @@ HALF = {
     "zero3, bf16 autocast": ["parallel.engine=zero3", "parallel.precision=bf16"],
 }
 # Who loads what which other engine has saved.
-FEW_LOADS = {"ddp": ["zero3"], "fsdp": ["zero1"], "zero1": ["fsdp"], "zero3": ["ddp"]}
+FEW_LOADS = {"ddp": ["zero3"], "zero1": ["fsdp"]}
 ALL = ["ddp", "fsdp", "fsdp*2", "zero1", "zero2", "zero3"]
 PROOF = (pytest.mark.proof, pytest.mark.timeout(900))
 Train = Callable[..., dict[str, Path]]
@@ -124,7 +124,7 @@ def test_replicas_of_a_sharded_model_train_the_same_run(
     assert_the_same_run(folders, one, golden)
 
 
-@pytest.mark.parametrize("names", [list(HALF)[:2], pytest.param(list(HALF), marks=PROOF)], ids=["few", "all"])
+@pytest.mark.parametrize("names", [list(HALF)[:1], pytest.param(list(HALF), marks=PROOF)], ids=["few", "all"])
 def test_bfloat16_trains_nearly_the_same_run(train: Train, golden: torch.Tensor, names: list[str]) -> None:
     folders = train({name: HALF[name] for name in names}, world_size=2)
     for name, folder in folders.items():

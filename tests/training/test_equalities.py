@@ -67,9 +67,7 @@ def assert_same_bits(one: Path, other: Path) -> None:
         assert not different, f"{prefix}: {different}"
 
 
-@pytest.mark.parametrize(
-    "world_size", [2, pytest.param(3, marks=pytest.mark.proof), pytest.param(4, marks=pytest.mark.proof)]
-)
+@pytest.mark.parametrize("world_size", [pytest.param(n, marks=pytest.mark.proof) for n in (2, 3, 4)])
 def test_any_number_of_processes_trains_the_same_run(run: Run, world_size: int) -> None:
     one, many = run(), run(world_size=world_size)
     assert_same_losses(one, many)

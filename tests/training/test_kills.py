@@ -45,7 +45,7 @@ def unfinished(folder: Path) -> list[Path]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("num_kills", [4, pytest.param(20, marks=pytest.mark.proof)])
+@pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=pytest.mark.proof)])
 def test_a_run_killed_many_times_ends_as_the_unbroken_run(
     applications: Applications, digits: Path, tmp_path: Path, num_kills: int
 ) -> None:

@@ -11,14 +11,14 @@ import pytest
 from processes import ROOT
 from small_disk import on_small_disk
 
-# The disk takes one save and not two; what is on it goes with the namespace, so all is asked in there.
+# The disk takes two saves and not three; what is on it goes with the namespace, so all is asked in there.
 SCRIPT = """
 "$@"; echo "ended with $?"
 ls "$0/run/checkpoints"
 mount -o remount,size=64m "$0"
 "$@"; echo "ended with $?"
 ls "$0/run/checkpoints"
-grep -c "continuing from .*step_00000002: step 2" "$0/run/log.txt"
+grep -c "continuing from .*step_00000004: step 4" "$0/run/log.txt"
 """
 
 
@@ -33,11 +33,12 @@ def test_a_full_disk_ends_the_run_in_one_line_and_the_same_command_goes_on_when_
         "monitor.grid_every_steps=0", "monitor.tensorboard_every_steps=0", "monitor.progress=false",
         "model.options.hidden_size=32", "model.options.depth=3",
     ]  # fmt: skip
-    command = on_small_disk(disk, "sh", "-c", SCRIPT, str(disk), *train, size="2m")
+    command = on_small_disk(disk, "sh", "-c", SCRIPT, str(disk), *train, size="3500k")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.split("\n") == [
-        "ended with 2", "step_00000002", "ended with 0", "step_00000002", "step_00000004", "step_00000006", "1", "",
+        "ended with 2", "step_00000002", "step_00000004",
+        "ended with 0", "step_00000002", "step_00000004", "step_00000006", "1", "",
     ], done.stdout + done.stderr  # fmt: skip
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
