@@ -60,6 +60,7 @@ class Watch:
         self._next_seen: tuple[int, float] | None = None  # beat of the next rank, and when it was new
         self._numbers: dict[str, Any] = {}
         self._over, self._ended = threading.Event(), False
+        self._saying: threading.Thread | None = None  # writes status.json
         self._thread = threading.Thread(target=self._run, name="drwkv-watch", daemon=True)
 
     def at(self, step: int, phase: str) -> None:
@@ -93,15 +94,16 @@ class Watch:
         self._thread.join(SILENT_BEATS * self._beat_sec + LAST_WORDS_SEC)
         faulthandler.cancel_dump_traceback_later()
         if self._world.is_first and error is not None:
-            _in_time(lambda: self._write_status("failed", reason=str(cause or error)))
+            _in_time(lambda: self._write_last_status("failed", str(cause or error)))
         if cause is not None:
             raise cause from error
 
     def end(self, state: str, reason: str | None = None) -> None:
         """Write into `status.json` how the run ended."""
-        self._ended = True
+        with self._lock:
+            self._ended = True
         if self._world.is_first:
-            self._write_status(state, reason=reason)
+            self._write_last_status(state, reason)
 
     def _tell(self, error: BaseException) -> None:
         text = f"{type(error).__name__}: {error}"
@@ -135,8 +137,8 @@ class Watch:
                 failed = {"text": NO_BOARD, "code": 1}
             if failed is not None and failed["code"] == STALLED:
                 _in_time(self._write_stacks)
-            elif self._world.is_first and not self._ended:
-                self._write_status("running")
+            elif self._world.is_first:
+                self._say_running()
         self._board_says_ended()
 
     def _board_says_ended(self) -> None:
@@ -223,7 +225,7 @@ class Watch:
         def last_words() -> None:
             if self._world.is_first:
                 state = "stalled" if failed["code"] == STALLED else "failed"
-                self._write_status(state, reason=failed["text"])
+                self._write_last_status(state, failed["text"])
             log.error("%s", failed["text"])
             sys.stdout.flush()
             sys.stderr.flush()
@@ -231,7 +233,21 @@ class Watch:
         _in_time(last_words)
         os._exit(failed["code"])
 
-    def _write_status(self, state: str, *, reason: str | None = None) -> None:
+    def _say_running(self) -> None:
+        """Write `status.json` apart from this thread, which is to go on though the file system hangs."""
+        with self._lock:
+            if not self._ended and (self._saying is None or not self._saying.is_alive()):
+                self._saying = threading.Thread(
+                    target=self._write_status, args=("running", None), daemon=True
+                )
+                self._saying.start()
+
+    def _write_last_status(self, state: str, reason: str | None) -> None:
+        if self._saying is not None:
+            self._saying.join(LAST_WORDS_SEC)
+        self._write_status(state, reason)
+
+    def _write_status(self, state: str, reason: str | None) -> None:
         place = self._place
         status = {
             "state": state,
