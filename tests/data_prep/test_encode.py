@@ -130,9 +130,8 @@ def encode_under_kills(
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("layout", "num_processes"), [("folder", 2), pytest.param("ilsvrc", 3, marks=pytest.mark.proof)]
-)
+@pytest.mark.proof
+@pytest.mark.parametrize(("layout", "num_processes"), [("folder", 2), ("ilsvrc", 3)])
 def test_processes_killed_at_random_moments_leave_the_bytes_of_an_undisturbed_one(
     layout, num_processes, undisturbed, tree, ilsvrc, vae, tmp_path, applications
 ):

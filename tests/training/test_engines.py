@@ -114,7 +114,9 @@ def test_every_engine_trains_the_same_run(train: Train, golden: torch.Tensor, na
     assert_the_same_run(folders, folders["ddp"], golden)
 
 
-@pytest.mark.parametrize("names", [[], pytest.param(["ddp"], marks=PROOF)], ids=["one process", "ddp"])
+@pytest.mark.proof
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("names", [[], ["ddp"]], ids=["one process", "ddp"])
 def test_replicas_of_a_sharded_model_train_the_same_run(
     train: Train, golden: torch.Tensor, names: list[str]
 ) -> None:
