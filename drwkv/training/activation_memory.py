@@ -39,6 +39,7 @@ def within_budget(config: TrainConfig, ranks: int) -> ParallelConfig:
 
 
 def choose_blocks(parallel: ParallelConfig, activations: Activations) -> ParallelConfig:
+    """`parallel` with the fewest blocks that keep the forecast within the budget, which is set; ValueError else."""
     chosen, depth = parallel.activations, activations.depth
     assert chosen.budget_gib is not None
     for blocks in range(depth + 1):
