@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import socket
 import subprocess
@@ -244,7 +245,7 @@ def s3_as_stranger(s3_users: tuple[S3Server, S3Server]) -> S3Server:
 
 
 @pytest.fixture
-def use_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[S3Server], None]]:
+def use_s3(monkeypatch: pytest.MonkeyPatch) -> Callable[[S3Server], None]:
     """use_s3(server): from now on this process itself uses that server, and none of AWS's other settings."""
     from drwkv import s3 as library
 
@@ -253,10 +254,12 @@ def use_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[S3Server], Non
             monkeypatch.delenv(name)
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
-        library._client.cache_clear()  # a process has one client, made of the environment that it first met
+        # A process has one client, made of the environment that it first met. A new cache rather than a cleared
+        # one: a thread that an earlier test left behind may be making a client for the old one at this moment.
+        fresh = functools.lru_cache(maxsize=1)(library._client.__wrapped__)
+        monkeypatch.setattr(library, "_client", fresh)
 
-    yield use
-    library._client.cache_clear()
+    return use
 
 
 @pytest.fixture
