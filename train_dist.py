@@ -51,10 +51,8 @@ def train(config: TrainConfig) -> None:
     parallel, folder = config.parallel, Path(config.run.folder)
     data = open_data(config.data, seed=config.run.seed)
     data.check_fits(config.model)
-    model, process = (
-        from_config(config.model, seed=config.run.seed),
-        GaussianProcess(**vars(config.diffusion)),
-    )
+    model = from_config(config.model, seed=config.run.seed)
+    process = GaussianProcess(**vars(config.diffusion))
     check_variance(model, process)
     bank = open_bank(config.validation, data, config.model, process.num_timesteps)
     with session(timeout_sec=parallel.timeout_sec, cpu_threads=parallel.cpu_threads) as world:

@@ -61,9 +61,8 @@ class EncodeConfig:
     """All of `python -m data_prep.encode`."""
 
     source: str = "???"  # folder, tar or s3://... of images, or of latents that others made
-    format: str = (
-        "auto"  # layout of the source; "auto": told by the files' names, see data_prep.sources.layouts
-    )
+    # Layout of the source; "auto": told by the files' names, see data_prep.sources.layouts
+    format: str = "auto"
     out: str = "???"  # the shard set to write: a folder, or s3://bucket/prefix
     kind: Literal["moments", "pixels"] = "moments"  # what to store
     vae: str | None = None  # folder or hub name of an AutoencoderKL; needed for moments of images
@@ -72,24 +71,20 @@ class EncodeConfig:
     seed: int = 0  # 0 <= seed < 2**32; key of the permutation that deals the images out to shards
     samples_per_shard: int = 1024  # most samples of one shard, which is one unit of work
     batch: int = 32  # images of one forward of the VAE; part of the set's identity, as rounding depends on it
-    dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # in which the VAE computes; what is not finite is refused
-    )
+    # In which the VAE computes; what is not finite is refused
+    dtype: Literal["float32", "bfloat16"] = "float32"
     scale: float | None = None  # of latents; None: the VAE's own
     shift: float | None = None  # of latents; None: the VAE's own
-    on_bad: Literal["fail", "skip"] = (
-        "fail"  # an image that cannot be decoded: stop, or list it in the manifest
-    )
+    # An image that cannot be decoded: stop, or list it in the manifest
+    on_bad: Literal["fail", "skip"] = "fail"
     max_pixels: int = 178_956_970  # larger images count as bad; the default is Pillow's limit
     limit: int | None = None  # take only so many images, spread evenly over the source; None: all
     workers: int = 4  # decoding processes of each encoding process; 0: decode in it
     cpu_threads: int = 1  # threads of a VAE on a CPU; part of the set's identity, as sums round by thread
-    device: str | None = (
-        None  # "cpu", "cuda", "cuda:1"; None: this process's GPU, or the CPU where there is none
-    )
-    scratch: str | None = (
-        None  # local folder for tars on their way to S3; None: the system's temporary folder
-    )
+    # "cpu", "cuda", "cuda:1"; None: this process's GPU, or the CPU where there is none
+    device: str | None = None
+    # Local folder for tars on their way to S3; None: the system's temporary folder
+    scratch: str | None = None
     lease_sec: float = 60.0  # a worker that gives no sign of life for so long has lost its shard to others
     latents: StoredLatents = field(default_factory=StoredLatents)  # what a source of latents holds
 
@@ -379,9 +374,8 @@ def main(arguments: Sequence[str]) -> None:
     """The command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where it found the keys
-    warnings.filterwarnings(
-        "ignore", message="This DataLoader will create"
-    )  # the number of workers is the user's
+    # The number of workers is the user's
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     config = load(EncodeConfig, arguments)
     try:
         print(encode(config))

@@ -50,9 +50,8 @@ class PixelEncoder:
         )
 
     def begin(self, x_BCHW: Tensor) -> Pending:
-        images = (
-            x_BCHW.clone().numpy()
-        )  # or the decoder's shared memory would stay until the shard is written
+        # Copied, or the decoder's shared memory would stay until the shard is written
+        images = x_BCHW.clone().numpy()
         return lambda: [{"img.npy": image} for image in images]
 
 
@@ -184,9 +183,8 @@ class MomentsKeeper:
         )
 
     def begin(self, x_BCHW: Tensor) -> Pending:
-        copies = x_BCHW.clone().unbind(
-            1
-        )  # or the decoder's shared memory would stay until the shard is written
+        # Copied, or the decoder's shared memory would stay until the shard is written
+        copies = x_BCHW.clone().unbind(1)
         return lambda: _by_sample([copy.numpy() for copy in copies])
 
 

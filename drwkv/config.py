@@ -44,12 +44,10 @@ class RunConfig:
     batch_stages: list[BatchStage] = field(default_factory=list)  # by rising from_step; empty: one size
     accumulate: int = 1  # micro-batches that a rank cuts its piece of the batch into
     label_drop: float = 0.1  # probability of replacing a label by "no label"; without effect without classes
-    skip: list[list[int]] = field(
-        default_factory=list
-    )  # windows [n0, n1) of samples to pass over; every batch that touches one counts as consumed, not applied
-    start_from: str | None = (
-        None  # weights of a new run: run folder, checkpoint, .pt or .safetensors; None: made from the seed
-    )
+    # Windows [n0, n1) of samples to pass over; every batch that touches one counts as consumed, not applied
+    skip: list[list[int]] = field(default_factory=list)
+    # Weights of a new run: run folder, checkpoint, .pt or .safetensors; None: made from the seed
+    start_from: str | None = None
     start_weights: Literal["ema", "model"] = "ema"  # which of its two sets; weights and average start from it
     audit: bool = False  # every rank writes (n, sample id, hash of x_t) of all it trains on
 
@@ -86,21 +84,18 @@ class TrainConfig:
 class SampleConfig:
     """All of `sample_dist.py`."""
 
-    checkpoint: str = (
-        "???"  # run folder or s3://bucket/prefix (the newest is taken), one step_N, .pt or .safetensors
-    )
+    # Run folder or s3://bucket/prefix (the newest is taken), one step_N, .pt or .safetensors
+    checkpoint: str = "???"
     weights: Literal["ema", "model"] = "ema"  # which of the two sets of weights
     out: str = "???"  # folder of the sample set; the same folder again continues the set
     num_samples: int = 1000  # images in the set
     seed: int = 0  # 0 <= seed < 2**32; image i is a function of (seed, i)
-    micro_batch: int = (
-        50  # images of one forward; part of the set's identity, as small matmuls round by shape
-    )
+    # Images of one forward; part of the set's identity, as small matmuls round by shape
+    micro_batch: int = 50
     chunk: int = 100  # images of one unit of work, a multiple of micro_batch
     cpu_threads: int = 1  # threads of each process on a CPU; part of the identity, as sums round by thread
-    vae: str | None = (
-        None  # folder or hub name of the VAE that decodes latents; None: the one of the training data
-    )
+    # Folder or hub name of the VAE that decodes latents; None: the one of the training data
+    vae: str | None = None
     grid_columns: int = 10  # images of each class in the grid
     tf32: bool = True  # GPU: float32 matmuls may use TF32; part of the identity
     timeout_sec: float = 3600.0  # longest that a process may take for one chunk before the others give up

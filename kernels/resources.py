@@ -81,9 +81,8 @@ class Compilation:
     num_warps: int = 4
     num_stages: int = 3
     divisible_by_16: Collection[str] | None = None  # arguments that are known to be; None means every pointer
-    options: Mapping[str, object] = field(
-        default_factory=dict
-    )  # other options of the launch, such as maxnreg
+    # Other options of the launch, such as maxnreg
+    options: Mapping[str, object] = field(default_factory=dict)
     is_lighter: bool = False  # another form of the same kernel and configuration is listed, a heavier one
 
 
@@ -96,9 +95,8 @@ class Resources:
     spill_loads: int
     shared_bytes: int
     warps: int  # resident on one multiprocessor, of 64: what registers, shared memory and block count leave
-    instructions: Mapping[str, int] = field(
-        default_factory=dict
-    )  # kind -> static count; empty if not asked for
+    # Kind -> static count; empty if not asked for
+    instructions: Mapping[str, int] = field(default_factory=dict)
 
     def fault(self, capability: int) -> str:
         """What makes this kernel unfit, empty if nothing does."""

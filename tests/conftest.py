@@ -17,9 +17,8 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # before any kernel is imported: it is read at their definition
+    # Before any kernel is imported: it is read at their definition
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 NO_GPU = "no GPU"
 

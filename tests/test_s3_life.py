@@ -22,9 +22,8 @@ STREAMS = 16
 WANTS_BYTES = 32 << 10  # in which the ranks tell each other what they need next, beside the budget
 TIMES = 20  # that each kind of fault strikes the encoding, and the reading, at the least
 ANSWERS = (Kind.TRUNCATED, Kind.FLIPPED_DOWN)  # only an answer with a body can suffer these, a third of all
-READING = tuple(
-    kind for kind in Kind if kind is not Kind.FLIPPED_UP
-)  # a read has no body to be flipped on its way
+# A read has no body to be flipped on its way
+READING = tuple(kind for kind in Kind if kind is not Kind.FLIPPED_UP)
 
 
 @pytest.mark.proof

@@ -53,9 +53,8 @@ class Source:
     labels: np.ndarray  # (M,) int64; all 0 where unlabelled
     class_names: list[str]  # in label order; [] for unlabelled
     kind: str = "images"  # "images", or "moments" for latents that others made
-    has_flip: bool = (
-        False  # whether there are latents of the mirrored images too; images are mirrored at will
-    )
+    # Whether there are latents of the mirrored images too; images are mirrored at will
+    has_flip: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,8 @@ class StoredLatents:
     """
 
     form: str = "auto"  # "sampled", "moments", or "auto": 4 channels are samples and 8 are moments of 4
-    scale: float | None = (
-        None  # of samples; None: 1 for LightningDiT, who stores x; must be given for DiT and SiT
-    )
+    # What the samples were multiplied by; None: 1 for LightningDiT, who stores x; must be given for DiT and SiT
+    scale: float | None = None
     shift: float = 0.0  # of samples
 
 

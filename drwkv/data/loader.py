@@ -53,14 +53,12 @@ class DataConfig:
     flip: bool = False  # mirror every second image, by (seed, n); moments need moments_flip in the set
     workers: int = 2  # reading threads of a process; 0: read in the training loop itself
     prefetch: int = 4  # global batches read ahead; no less than workers, or some of them wait
-    select: SelectionConfig = field(
-        default_factory=SelectionConfig
-    )  # which samples of each set; by default all
+    # The samples that are taken of each set; by default all
+    select: SelectionConfig = field(default_factory=SelectionConfig)
     cache: str | None = None  # folder on the node's disk for sets on S3; None: see drwkv.data.cache
     cache_gib: float = DEFAULT_GIB  # most GiB in that folder, all ranks and sets together
-    timeout_sec: float = (
-        DEFAULT_TIMEOUT_SEC  # longest wait for a shard from S3; less than parallel.timeout_sec
-    )
+    # Longest wait for a shard from S3; less than parallel.timeout_sec
+    timeout_sec: float = DEFAULT_TIMEOUT_SEC
     on_corrupt: str = "raise"  # what to do about a sample that stays corrupt: "raise" or "replace" it
 
 

@@ -70,9 +70,8 @@ class Manifest:
     scale: float | None = None  # latents are (z - shift) * scale; None for pixels
     shift: float | None = None  # see scale; None for pixels
     encode_dtype: str | None = None  # type in which the VAE encoded: "float32" or "bfloat16"; None: not ours
-    encode_batch: int | None = (
-        None  # images of one forward of the VAE: rounding depends on it; None: not ours
-    )
+    # Images of one forward of the VAE: rounding depends on it; None: not ours
+    encode_batch: int | None = None
     encode_threads: int | None = None  # CPU threads of the VAE: so does it on them; None: a GPU, or not ours
     class_names: list[str] = field(default_factory=list)  # in the order of labels; []: not known
     skipped: dict[str, str] = field(default_factory=dict)  # sources left out, and why; the commit fills it in
@@ -80,9 +79,8 @@ class Manifest:
     label_member: str = LABEL_MEMBER  # member that holds the label; "" where there is none
     checksums: bool = True  # whether the index holds each member's crc32c; False: 0 stands there
     num_samples: int = 0  # samples in the set; the writer fills it in
-    source_hash: str = (
-        ""  # sha256 of the source list, names and labels, with those left out; the writer fills it in
-    )
+    # sha256 of the source list, names and labels, with those left out; the writer fills it in
+    source_hash: str = ""
     index_hash: str = ""  # sha256 of index/shards.json; the commit fills it in
     format: int = FORMAT_VERSION  # version of this layout
 

@@ -31,9 +31,8 @@ class SelectionConfig:
     part: Literal["train", "held_out", "all"] = "train"  # side of the split: the two never share a sample
     max_per_class: int | None = None  # most samples of a class; None: no limit
     balance: bool = False  # repeat samples until every class comes as often in an epoch as the largest
-    seed: int = (
-        0  # 0 <= seed < 2**32; key of the choice, apart from the run's, so that a split outlives a run
-    )
+    # 0 <= seed < 2**32; key of the choice, apart from the run's, so that a split outlives a run
+    seed: int = 0
 
     @property
     def takes_all(self) -> bool:

@@ -28,9 +28,8 @@ __all__ = ["CorruptSampleError", "Manifest", "ShardSet", "check_fits", "read_man
 
 log = logging.getLogger("drwkv")
 
-READ_ATTEMPTS = (
-    2  # a sample that reads badly is read once more before it is fetched again or counts as corrupt
-)
+# A sample that reads badly is read once more before it is fetched again or counts as corrupt
+READ_ATTEMPTS = 2
 DAMAGE_ERRORS = (errno.EIO, errno.ENOENT)  # of a read; all others are the machine's trouble, and no sample's
 REPLACEMENTS = 8  # samples that are tried in place of a corrupt one
 ON_CORRUPT = ("raise", "replace")

@@ -31,9 +31,8 @@ from drwkv.evaluation.metrics import (
 class EvaluateConfig:
     """Shard sets of pixels that a sample set is measured against; both or none."""
 
-    train: str | None = (
-        None  # the training split: fits the classifier, shows copies; None: nothing is measured
-    )
+    # The training split: fits the classifier, shows copies; None: nothing is measured
+    train: str | None = None
     held_out: str | None = None  # the held-out split: the reference of every distance
 
 

@@ -23,14 +23,12 @@ MATMULS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten
 class ActivationConfig:
     """What the forward keeps for the backward."""
 
-    checkpoint: Literal["none", "full", "selective"] = (
-        "none"  # of a block: all, its input, or its input and what its matrix products gave
-    )
+    # What is kept of a block: all, its input, or its input and what its matrix products gave
+    checkpoint: Literal["none", "full", "selective"] = "none"
     every: int = 1  # the first of every so many blocks is checkpointed, the others keep all
     blocks: int | None = None  # how many blocks are checkpointed, evenly spread; None: by `every`
-    budget_gib: float | None = (
-        None  # most GiB of activations a rank, as foreseen; as few blocks as will do are checkpointed; None: no limit
-    )
+    # Most GiB of activations a rank, as foreseen; as few blocks as will do are checkpointed; None: no limit
+    budget_gib: float | None = None
 
 
 def chosen_blocks(depth: int, config: ActivationConfig) -> list[int]:

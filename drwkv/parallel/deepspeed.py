@@ -62,9 +62,8 @@ class ZeroEngine(Engine):
             model.forward = autocast(model.forward)
         self._parameters = dict(model.named_parameters())
         self._shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
-        os.environ.setdefault(
-            "LOCAL_RANK", str(world.local_rank)
-        )  # without a launcher it asks for it all the same
+        # Without a launcher it asks for it all the same
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
         optimizer = make_optimizer(self._parameters.values())
         optimizer.state.clear()  # ZeRO puts its flat buffers in the place of the parameters
         self.module, *_ = deepspeed.initialize(

@@ -26,25 +26,20 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by parameter
 class ParallelConfig:
     """How one model runs on many ranks."""
 
-    engine: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = (
-        "fsdp"  # ddp: whole model on each rank; fsdp: sharded by FSDP2; zero1 to 3: by DeepSpeed
-    )
-    precision: Literal["fp32", "bf16", "bf16_params"] = (
-        "fp32"  # bf16: autocast; bf16_params: weights that compute are bfloat16 too; optimizer and EMA are float32
-    )
+    # ddp: whole model on each rank; fsdp: sharded by FSDP2; zero1 to 3: by DeepSpeed
+    engine: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "fsdp"
+    # bf16: autocast; bf16_params: weights that compute are bfloat16 too; optimizer and EMA are float32
+    precision: Literal["fp32", "bf16", "bf16_params"] = "fp32"
     replicas: int = 1  # fsdp: copies of the sharded model (HSDP); each is sharded over size / replicas ranks
-    offload: Literal["none", "optimizer", "all"] = (
-        "none"  # what waits in the CPU's memory; optimizer: zero1 to 3; all, weights too: fsdp
-    )
+    # What waits in the CPU's memory; optimizer: zero1 to 3; all, weights too: fsdp
+    offload: Literal["none", "optimizer", "all"] = "none"
     reshard_after_forward: bool = True  # fsdp: free the gathered weights between forward and backward
-    blocks_per_unit: int = (
-        1  # fsdp: blocks whose weights are gathered together; more for models of small blocks
-    )
+    # fsdp: blocks whose weights are gathered together; more for models of small blocks
+    blocks_per_unit: int = 1
     activations: ActivationConfig = field(default_factory=ActivationConfig)
     compile: bool = False  # torch.compile each block, once for all blocks of one kind
-    fixed_buckets: bool = (
-        False  # ddp: one bucket layout from the first step on, so that a resume is bit for bit
-    )
+    # ddp: one bucket layout from the first step on, so that a resume is bit for bit
+    fixed_buckets: bool = False
     tf32: bool = True  # GPU: float32 matmuls may use TF32
     cpu_threads: int | None = None  # threads of each process on a CPU; None: torch's own choice
     timeout_sec: float = 600.0  # longest that a collective may take before the run stops

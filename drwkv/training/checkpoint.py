@@ -51,9 +51,8 @@ class CheckpointConfig:
     keep_last: int = 3  # newest checkpoints to keep, at least 1
     keep_every_steps: int = 0  # also keep those whose step is a multiple of this; 0: none
     asynchronous: bool = True  # write in the background while training goes on
-    folder: str | None = (
-        None  # a folder or s3://bucket/prefix, of this run alone; None: checkpoints in run.folder
-    )
+    # A folder or s3://bucket/prefix, of this run alone; None: checkpoints in run.folder
+    folder: str | None = None
     temporary: str | None = None  # S3: folder of each node where files wait on their way; None: the system's
 
 
@@ -94,9 +93,8 @@ def read_full(checkpoint: Place, prefix: str) -> dict[str, torch.Tensor]:
     with _local(checkpoint, prefix) as folder, warnings.catch_warnings():
         found = {name: size for name, size in _shapes(folder).items() if name.startswith(f"{prefix}.")}
         tensors = {name: torch.empty(size) for name, size in found.items()}
-        warnings.filterwarnings(
-            "ignore", message="torch.distributed is disabled"
-        )  # one process is what is meant
+        # One process is what is meant
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     return {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items()}
 

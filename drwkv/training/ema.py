@@ -26,12 +26,10 @@ class EmaConfig:
     """The average that is sampled from, and those that others are made of afterwards."""
 
     decay: float = 0.9999  # weight of the old average in each step
-    warmup: bool = (
-        False  # True: decay min(decay, (1 + step) / (10 + step)), for runs shorter than 1 / (1 - decay)
-    )
-    widths: list[float] = field(
-        default_factory=list
-    )  # sigma_rel of EDM2's power-function averages beside it, e.g. [0.05, 0.1]; empty: none
+    # True: decay min(decay, (1 + step) / (10 + step)), for runs shorter than 1 / (1 - decay)
+    warmup: bool = False
+    # sigma_rel of EDM2's power-function averages beside it, e.g. [0.05, 0.1]; empty: none
+    widths: list[float] = field(default_factory=list)
     snapshot_every_steps: int = 0  # steps between snapshots of these averages, all of which are kept; 0: none
 
 

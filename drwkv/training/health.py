@@ -44,19 +44,16 @@ class HealthConfig:
 
     max_nonfinite_in_row: int = 10  # skipped steps in a row that send the run back to its last checkpoint
     max_rollbacks: int = 3  # times that a run goes back before it stops
-    spike_deviations: float = (
-        10.0  # a loss so many deviations above the median of the last 200 is told; 0: none is
-    )
+    # A loss so many deviations above the median of the last 200 is told; 0: none is
+    spike_deviations: float = 10.0
     max_spikes_in_row: int = 0  # such steps in a row that send the run back, too; 0: they are told alone
     heartbeat_sec: float = 5.0  # time between signs of life of each rank, and between writings of status.json
-    stall_sec: float | None = (
-        None  # standing still for so long ends the run; None: a little less than parallel.timeout_sec; 0: never
-    )
+    # Standing still for so long ends the run; None: a little less than parallel.timeout_sec; 0: never
+    stall_sec: float | None = None
     lost_sec: float = 60.0  # a rank without a sign of life for so long is taken for gone, which ends the run
     lock_sec: float = 60.0  # a run folder whose run gave no sign of life for so long may be taken over
-    max_hours: float | None = (
-        None  # of this job, from its start; None: what SLURM allows it, if it is one of its
-    )
+    # How long this job lasts, from its start; None: what SLURM allows it, if it is one of its
+    max_hours: float | None = None
     grace_sec: float = 300.0  # time before the end of the job when the run saves and asks to be queued again
 
 
@@ -104,13 +101,8 @@ class Health:
     def __init__(
         self, config: HealthConfig, world: World, signals: Signals, watch: Watch, lock: RunLock
     ) -> None:
-        self._config, self._world, self._signals, self._watch, self._lock = (
-            config,
-            world,
-            signals,
-            watch,
-            lock,
-        )
+        self._config, self._world = config, world
+        self._signals, self._watch, self._lock = signals, watch, lock
         self._limit = TimeLimit(config.max_hours, config.grace_sec, world)
         self._error: BaseException | None = None
         self._row: list[tuple[int, int]] = []  # (step, n) of the skipped steps in a row so far
@@ -178,9 +170,8 @@ class Health:
             )  # fmt: skip
             return
         self._row.clear()
-        if (
-            times := self._deviations(loss)
-        ) <= self._config.spike_deviations or not self._config.spike_deviations:
+        most_times, times = self._config.spike_deviations, self._deviations(loss)
+        if not most_times or times <= most_times:
             self._spikes.clear()
             self._usual.append(loss)
             return
@@ -192,9 +183,8 @@ class Health:
             f", {most} send the run back" if most else "",
         )  # fmt: skip
         if not most:
-            self._usual.append(
-                loss
-            )  # a run that has gone to another level is told of for a while, not for ever
+            # A run that has gone to another level is told of for a while, not for ever.
+            self._usual.append(loss)
 
     def _deviations(self, loss: float) -> float:
         """How many standard deviations a loss lies above the usual, robustly; 0 while there is no usual."""

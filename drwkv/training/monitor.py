@@ -41,9 +41,8 @@ class MonitorConfig:
     grid_every_steps: int = 0  # steps between grids of samples from the EMA; 0: none
     grid_columns: int = 8  # samples of each class in a grid (of all, without classes)
     grid_sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(name="ddim", steps=20))
-    vae: str | None = (
-        None  # folder or hub name of the VAE that decodes grids of latents; None: they are pixels
-    )
+    # Folder or hub name of the VAE that decodes grids of latents; None: they are pixels
+    vae: str | None = None
     progress: bool = True  # progress bar on stderr of rank 0
     ranks_every_steps: int = 50  # steps between looks at all ranks for one that is slow; 0: none
     peak_tflops: float | None = None  # matmul TFLOP/s of one rank, for the MFU; None: measured; 0: no MFU

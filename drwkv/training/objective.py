@@ -26,9 +26,8 @@ HELD_OUT_POSTERIOR, HELD_OUT_NOISE = 2, 3
 class ObjectiveConfig:
     """How much each timestep, and the learned variance, count in the loss."""
 
-    weight: Literal["none", "min_snr"] = (
-        "none"  # of a timestep's squared error; min_snr: min(SNR, gamma) / SNR
-    )
+    # What weighs a timestep's squared error; min_snr: min(SNR, gamma) / SNR
+    weight: Literal["none", "min_snr"] = "none"
     min_snr_gamma: float = 5.0  # the gamma of min_snr, above 0: errors at SNRs above it count less
     vlb_weight: float = 1.0  # of the learned variance's term; 1: the bound counts 1/T; 0: v is not trained
 
@@ -42,9 +41,8 @@ class Inputs:
     t: Tensor  # (B,) int64 timesteps
     eps: Tensor  # (B, C, H, W) standard normal
     y: Tensor | None  # (B,) int64 labels, num_classes where dropped; None without classes
-    keep: (
-        Tensor | None
-    )  # (L, B) stochastic depth: 0 or 1 / keep probability; None if no block is ever dropped
+    # (L, B) stochastic depth: 0 or 1 / keep probability; None if no block is ever dropped
+    keep: Tensor | None
 
 
 def check_variance(model: nn.Module, process: GaussianProcess) -> None:

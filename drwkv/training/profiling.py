@@ -31,12 +31,10 @@ MOST_MEMORY_EVENTS = 200_000  # that are kept of allocations on a GPU
 class ProfileConfig:
     """Which steps are profiled, and on which ranks."""
 
-    steps: list[int] = field(
-        default_factory=list
-    )  # first and last optimizer step, e.g. [20, 25]; empty: none
-    ranks: list[int] = field(
-        default_factory=lambda: [0]
-    )  # that write a profile; those that do not exist do not
+    # First and last optimizer step, e.g. [20, 25]; empty: none
+    steps: list[int] = field(default_factory=list)
+    # Those that write a profile; one that the run does not have is passed over
+    ranks: list[int] = field(default_factory=lambda: [0])
 
 
 class StepProfiler:

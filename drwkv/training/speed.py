@@ -28,9 +28,8 @@ class Speed:
     """What turns samples and seconds into numbers that can be compared between machines."""
 
     flop_per_image: float = 0.0  # in training; what checkpointing computes again is not counted
-    peak_flops: float = (
-        0.0  # FLOP/s of matmuls of all ranks together, by the slowest one; 0: not known, no MFU
-    )
+    # FLOP/s of matmuls of all ranks together, by the slowest one; 0: not known, no MFU
+    peak_flops: float = 0.0
 
     def numbers(self, num_samples: int, seconds: float) -> dict[str, float]:
         """images_per_sec, and mfu where the peak is known, of a step that took so long."""

@@ -44,14 +44,12 @@ class ValidationConfig:
     """What is measured on held-out samples, and how often."""
 
     every_steps: int = 0  # steps between validations; 0: none
-    paths: list[str] = field(
-        default_factory=list
-    )  # committed shard sets, folders or S3 prefixes; []: the part of data.paths that data.select.held_out holds out
+    # Committed shard sets, folders or S3 prefixes; []: the part of data.paths that data.select.held_out holds out
+    paths: list[str] = field(default_factory=list)
     num_samples: int = 1000  # samples of the bank, a multiple of bins
     bins: int = 10  # equal ranges of t, of which each has as many samples
-    micro_batch: int = (
-        25  # samples of one forward on one rank; sums round by shape, so it moves the last digits
-    )
+    # Samples of one forward on one rank; sums round by shape, so it moves the last digits
+    micro_batch: int = 25
     seed: int = 0  # 0 <= seed < 2**32; key of the bank, apart from the run's, so that runs can be compared
 
 

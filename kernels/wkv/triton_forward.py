@@ -17,9 +17,8 @@ from drwkv.kernels.wkv import one_maximum
 from drwkv.kernels.wkv import triton_carried_maximum as carried
 from drwkv.kernels.wkv import triton_one_maximum as one
 
-REACH = tl.constexpr(
-    one_maximum.REACH
-)  # of one maximum: |w| span + |u|, span the tokens of the sequence or of a tile
+# Of one maximum: |w| span + |u|, span the tokens of the sequence or of a tile
+REACH = tl.constexpr(one_maximum.REACH)
 
 
 @triton.jit

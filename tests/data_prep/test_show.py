@@ -95,9 +95,8 @@ def test_the_picture_is_drawn_by_the_vae_and_is_the_same_for_a_seed(latents, tmp
     assert a == b
     assert len(a) and c == a  # all 50 samples are drawn, whatever the seed
     whole = np.asarray(Image.open(tmp_path / "a"))
-    assert (
-        whole.shape[1] == 1200 and len(np.unique(whole.reshape(-1, 3), axis=0)) > 1000
-    )  # colours: decoded samples
+    # colours: decoded samples
+    assert whole.shape[1] == 1200 and len(np.unique(whole.reshape(-1, 3), axis=0)) > 1000
     with pytest.raises(
         ValueError, match=f"{tmp_path / 'd'}: drawn without samples: VAE {tmp_path / 'no vae'}: cannot be"
     ):

@@ -89,9 +89,8 @@ def test_precision_and_recall_of_a_tiny_set_are_the_exact_counts():
     real = np.array([[0.0], [1.0], [2.0], [10.0]])  # radii at k = 1: 1, 1, 1, 8
     fake = np.array([[0.5], [18.0], [18.5], [30.0]])  # radii at k = 1: 17.5, 0.5, 0.5, 11.5
     precision, recall = precision_recall(real, fake, k=1)
-    assert (
-        precision == 2 / 4
-    )  # 0.5 lies in a ball of real; 18 is on the edge of 10's; 18.5 and 30 lie outside
+    # 0.5 lies in a ball of real; 18 is on the edge of 10's; 18.5 and 30 lie outside
+    assert precision == 2 / 4
     assert recall == 4 / 4  # 0.5's ball of 17.5 holds all
     assert precision_recall(real, fake[1:], k=1) == (1 / 3, 0.0)
 

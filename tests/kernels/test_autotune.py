@@ -193,9 +193,8 @@ def test_a_folder_that_cannot_be_written_warns_once_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv(
-        "DRWKV_AUTOTUNE_CACHE", str(tmp_path / "file" / "below")
-    )  # root may write anywhere else
+    # Root may write anywhere else
+    monkeypatch.setenv("DRWKV_AUTOTUNE_CACHE", str(tmp_path / "file" / "below"))
     stopwatch = Stopwatch(FASTEST_LAST)
     with caplog.at_level(logging.WARNING, logger="drwkv.kernels"):
         assert [choose(stopwatch) for _ in range(2)] == [TILES[2]] * 2

@@ -61,9 +61,8 @@ def test_the_formulas_agree_with_the_module_and_with_torchs_counter(
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(2, 3, 8, 12), torch.zeros(2), y)
     counts = counter.get_flop_counts()["Global"]
-    assert (
-        sum(count for op, count in counts.items() if "drwkv" not in str(op)) == 2 * 2 * total.num_macs
-    )  # 2 FLOPs a multiply-add, 2 samples
+    # 2 FLOPs a multiply-add, 2 samples
+    assert sum(count for op, count in counts.items() if "drwkv" not in str(op)) == 2 * 2 * total.num_macs
 
 
 def test_the_table_prints_a_line_a_model(capsys: pytest.CaptureFixture[str]) -> None:

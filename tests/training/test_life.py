@@ -31,9 +31,8 @@ class Segment:
     mishap: dict  # of support/life.py
     codes: set[int]  # what the processes may end with
     said: list[str]  # in the run's log, or on the screen
-    act: Callable[[Group], None] | None = (
-        None  # what this test does to the processes, once `act_at` steps are done
-    )
+    # What this test does to the processes, once `act_at` steps are done
+    act: Callable[[Group], None] | None = None
     act_at: int = 0
     keys: list[str] = field(default_factory=list)
     freezes: bool = False  # rank 1 has to be killed at the end

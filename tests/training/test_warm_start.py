@@ -31,9 +31,8 @@ SMALL = [
     "model.options={patch_size: 2, hidden_size: 32, depth: 3}", "data.flip=true", "checkpoint.every_steps=0",
     "monitor.progress=false", "monitor.tensorboard_every_steps=0", "ema.decay=0.9",
 ]  # fmt: skip
-STILL = (
-    "optimizer.lr=1e-30"  # too little to move a weight, so that the first weights are found in the checkpoint
-)
+# Too little to move a weight, so that the first weights are found in the checkpoint
+STILL = "optimizer.lr=1e-30"
 Run = Callable[..., Path]
 
 

@@ -96,9 +96,8 @@ def _download(
         for name in ("index", "shards"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         put_in_place(incoming, folder / layout.ROWS_NAME)
-        write_whole(
-            folder / layout.SHARD_LIST_NAME, text
-        )  # not synced: its hash is looked at whenever it is read
+        # Not synced: its hash is looked at whenever it is read
+        write_whole(folder / layout.SHARD_LIST_NAME, text)
     finally:
         incoming.unlink(missing_ok=True)
     return entries

@@ -41,9 +41,8 @@ def test_a_damaged_index_in_the_cache_is_fetched_again(write_pixels, on_s3, open
         assert "a damaged index in the cache is fetched again" in caplog.text
         np.testing.assert_array_equal(shards.labels, local.labels)
 
-    flip_bit(
-        index / "samples.npy", -3
-    )  # of the last shard's rows, which are not looked at before they are needed
+    # Of the last shard's rows, which are not looked at before they are needed
+    flip_bit(index / "samples.npy", -3)
     shards = ShardSet.open(url, cache=cache)
     x, y = shards.read(np.arange(103))
     np.testing.assert_array_equal(x, local.read(np.arange(103))[0])
