@@ -6,6 +6,7 @@ After a resume all of it is cut back to the step that training goes on from.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -19,8 +20,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 import google_crc32c
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
+from drwkv.files import write_whole
 from drwkv.parallel.distributed import World
 from drwkv.sampling import SamplerConfig
 from drwkv.training.goodput import Goodput
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("drwkv")
 NO_MFU = Speed()
+GRIDS = "grids"  # folder of the run's grids of samples
 
 
 @dataclass
@@ -105,6 +109,16 @@ class Monitor:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step)
+        self._begin_grids(step)
+
+    def _begin_grids(self, step: int) -> None:
+        """Remove the grids of steps that will come again; that of `step` holds, and TensorBoard has dropped it."""
+        for path in sorted((self._folder / GRIDS).glob("step_*.png")):
+            drawn_after = int(path.stem.removeprefix("step_"))
+            if drawn_after > step:
+                path.unlink()
+            elif drawn_after == step:
+                self._show_image(step, np.asarray(Image.open(path)))
 
     def rewind(self, step: int) -> None:
         """Go on from `step`, earlier than where the run stood: cut back what is shown."""
@@ -174,7 +188,15 @@ class Monitor:
                 self._writer.add_scalar(f"ranks/{name}", value, self._pending[0].step)
 
     def grid(self, step: int, image_HWC: np.ndarray) -> None:
-        """Show a grid of samples, uint8 (H, W, C), drawn after `step` steps."""
+        """Show a grid of samples, uint8 (H, W, C), drawn after `step` steps, and keep it as a PNG file."""
+        if not self._world.is_first:
+            return
+        content = io.BytesIO()
+        Image.fromarray(image_HWC).save(content, format="png")
+        write_whole(self._folder / GRIDS / f"step_{step:08d}.png", content.getvalue())
+        self._show_image(step, image_HWC)
+
+    def _show_image(self, step: int, image_HWC: np.ndarray) -> None:
         if self._writer is not None:
             self._writer.add_image("samples/ema", image_HWC, step, dataformats="HWC")
             self._writer.flush()
