@@ -94,7 +94,8 @@ class Watch:
         self._thread.join(SILENT_BEATS * self._beat_sec + LAST_WORDS_SEC)
         faulthandler.cancel_dump_traceback_later()
         if self._world.is_first and error is not None:
-            _in_time(lambda: self._write_last_status("failed", str(cause or error)))
+            why = cause or error
+            _in_time(lambda: self._write_last_status(_state_of(exit_code(why)), str(why)))
         if cause is not None:
             raise cause from error
 
@@ -224,8 +225,7 @@ class Watch:
 
         def last_words() -> None:
             if self._world.is_first:
-                state = "stalled" if failed["code"] == STALLED else "failed"
-                self._write_last_status(state, failed["text"])
+                self._write_last_status(_state_of(failed["code"]), failed["text"])
             log.error("%s", failed["text"])
             sys.stdout.flush()
             sys.stderr.flush()
@@ -273,6 +273,11 @@ def stall_sec(config: HealthConfig, timeout_sec: float) -> float:
     if config.stall_sec is not None:
         return config.stall_sec
     return timeout_sec - max(0.05 * timeout_sec, SPARE_BEATS * config.heartbeat_sec)
+
+
+def _state_of(code: int) -> str:
+    """What `status.json` calls a run that ended with an exit code of its own."""
+    return "stalled" if code == STALLED else "failed"
 
 
 def _in_time(work: Callable[[], None]) -> None:

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from processes import Applications, Group
 
+from drwkv.parallel import session
 from drwkv.training.board import Place, blame
+from drwkv.training.health import STALLED, HealthConfig, PeerFailure
+from drwkv.training.watch import Watch
 
 BEAT = ["health.heartbeat_sec=0.3"]
 
@@ -122,6 +125,14 @@ def test_a_store_that_does_not_answer_ends_the_process_with_its_stacks(
     finished = applications.start("-c", HANGING, str(tmp_path)).wait(60)
     assert finished.codes == [1]
     assert "Timeout (0:00:02)!" in finished.output and "in _run" in finished.output
+
+
+def test_a_rank_that_hears_of_a_stall_by_its_collective_calls_it_one_too(tmp_path: Path) -> None:
+    """Another rank may leave first, and break the collective that this one waits in."""
+    config = HealthConfig(heartbeat_sec=0.1)
+    with pytest.raises(PeerFailure), session() as world, Watch(tmp_path, config, world, timeout_sec=60):
+        raise PeerFailure("rank 1 stands still", STALLED)
+    assert status(tmp_path)["state"] == "stalled" and status(tmp_path)["reason"] == "rank 1 stands still"
 
 
 # Rank 1 does not beat any more, as if its machine were gone, and all wait for it.
