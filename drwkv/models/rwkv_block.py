@@ -44,8 +44,9 @@ Skip = Literal["concat", "add", "none"]
 def _matmul_dtype(x: Tensor) -> torch.dtype:
     """What a linear layer makes of x: written at once by the operator before it, no cast is needed."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return x.dtype  # autocast leaves float64 alone
+    # Autocast leaves float64 alone, and has no meta device. (is_autocast_available would end the graph on torch 2.11.)
+    if x.dtype == torch.float64 or device == "meta":
+        return x.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
