@@ -12,11 +12,13 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -66,6 +68,10 @@ class ZeroEngine(Engine):
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
         optimizer = make_optimizer(self._parameters.values())
         optimizer.state.clear()  # ZeRO puts its flat buffers in the place of the parameters
+        if self._stage == 3:
+            for layer in model.modules():
+                if isinstance(layer, nn.Linear):
+                    layer.forward = partial(_linear, layer)  # type: ignore[method-assign]
         self.module, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._settings(model), dist_init_required=False
         )
@@ -83,7 +89,8 @@ class ZeroEngine(Engine):
         offload = self.config.offload == "optimizer"
         blocks: list[nn.Module] = model.blocks_in_order()  # type: ignore[operator]
         block = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
-        fetching: dict[str, Any] = {"stage3_param_persistence_threshold": 0}
+        # Its linear layer would be put into torch for all models, for good, and adds the bias in place: see `_linear`.
+        fetching: dict[str, Any] = {"stage3_param_persistence_threshold": 0, "memory_efficient_linear": False}
         if self.config.reshard_after_forward:  # else it keeps up to 1e9 weights gathered
             fetching |= {
                 "stage3_max_live_parameters": 2 * block,
@@ -173,3 +180,13 @@ class ZeroEngine(Engine):
     def step(self, lr: float, found_inf: torch.Tensor) -> None:
         self._prepare_step(lr, found_inf)
         self.module.step()
+
+
+def _linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """A linear layer whose graph does not hold the gathered weight, which stage 3 means to free after the forward.
+
+    The bias is added out of place: what selective checkpointing has kept of the product must stay as it was, for else
+    the recomputation adds the bias once more.
+    """
+    product: torch.Tensor = zero3_linear_wrap(x, layer.weight)
+    return product if layer.bias is None else product + layer.bias.to(product.dtype)

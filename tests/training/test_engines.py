@@ -19,6 +19,7 @@ STEPS, BATCH = 50, 48
 ENGINES = {  # name -> its keys; the names in FEW are proved by every run of the tests
     "ddp": ["parallel.engine=ddp"],
     "zero3": ["parallel.engine=zero3"],
+    "zero3, selective checkpointing": ["parallel.engine=zero3", "parallel.activations.checkpoint=selective"],
     "fsdp in two micro-batches": ["parallel.engine=fsdp", "run.accumulate=2"],
     "full checkpointing": ["parallel.engine=fsdp", "parallel.activations.checkpoint=full"],
     "zero1": ["parallel.engine=zero1"],
@@ -31,11 +32,13 @@ ENGINES = {  # name -> its keys; the names in FEW are proved by every run of the
     ],
     "zero2": ["parallel.engine=zero2"],
     "zero2 in two micro-batches": ["parallel.engine=zero2", "run.accumulate=2"],
+    "zero2, selective checkpointing": ["parallel.engine=zero2", "parallel.activations.checkpoint=selective"],
+    "ddp, selective checkpointing": ["parallel.engine=ddp", "parallel.activations.checkpoint=selective"],
     "zero2, optimizer on the CPU": ["parallel.engine=zero2", "parallel.offload=optimizer"],
     "zero3, optimizer on the CPU": ["parallel.engine=zero3", "parallel.offload=optimizer"],
     "zero3 with checkpointing": ["parallel.engine=zero3", "parallel.activations.checkpoint=full"],
 }  # fmt: skip
-FEW = list(ENGINES)[:3]
+FEW = list(ENGINES)[:4]
 COMPILED = {
     "compiled": ["parallel.engine=fsdp", "parallel.compile=true"],
     "compiled, full": ["parallel.compile=true", "parallel.activations.checkpoint=full"],
