@@ -185,8 +185,10 @@ class ZeroEngine(Engine):
 def _linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """A linear layer whose graph does not hold the gathered weight, which stage 3 means to free after the forward.
 
-    The bias is added out of place: what selective checkpointing has kept of the product must stay as it was, for else
-    the recomputation adds the bias once more.
+    Of an input of more than 2 dimensions the bias is added out of place, not in place as DeepSpeed does: what selective
+    checkpointing has kept of the product must stay as it was, for else the recomputation adds the bias once more.
     """
+    if layer.bias is None or x.dim() == 2:
+        return zero3_linear_wrap(x, layer.weight, layer.bias)
     product: torch.Tensor = zero3_linear_wrap(x, layer.weight)
-    return product if layer.bias is None else product + layer.bias.to(product.dtype)
+    return product + layer.bias.to(product.dtype)

@@ -13,13 +13,13 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -125,19 +125,23 @@ def become(job: dict[str, Any]) -> None:
     os.environ.update(job["environment"])
     os.chdir(job["cwd"])
     tempfile.tempdir = None  # TMPDIR may be another
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests' own shell may have it ignored
     # A module that others have imported already is about to run as the main one.
     warnings.filterwarnings("ignore", message=".*found in sys.modules after import", category=RuntimeWarning)
     first, *rest = job["arguments"]
-    if first in ("-m", "-c"):
-        what, *rest = rest
-        sys.argv, sys.path[0] = [first, *rest], job["cwd"] if first == "-m" else ""
-        if first == "-m":
-            runpy.run_module(what, run_name="__main__", alter_sys=True)
-        else:
-            sys.modules["__main__"] = types.ModuleType("__main__")
-            exec(compile(what, "<string>", "exec"), vars(sys.modules["__main__"]))
+    if first == "-m":
+        module, *rest = rest
+        sys.argv, sys.path[0] = [first, *rest], job["cwd"]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
         return
-    sys.argv, sys.path[0] = [first, *rest], str(Path(first).resolve().parent)
+    if first == "-c":
+        program, *rest = rest
+        first = f"{job['log']}.{os.getpid()}.py"
+        Path(first).write_text(program)
+        sys.path[0] = ""
+    else:
+        sys.path[0] = str(Path(first).resolve().parent)
+    sys.argv = [first, *rest]
     runpy.run_path(first, run_name="__main__")
 
 

@@ -77,7 +77,8 @@ def test_a_deep_model_is_foreseen_from_shallow_ones() -> None:
         assert predict(config, 1).activations == pytest.approx(measured(config), rel=0.1), mode
 
 
-@pytest.mark.parametrize("mode", ["full", pytest.param("selective", marks=pytest.mark.proof)])
+@pytest.mark.proof
+@pytest.mark.parametrize("mode", ["full", "selective"])
 def test_a_budget_takes_as_few_blocks_as_keep_the_activations_within(mode: str) -> None:
     none, every = (load(TrainConfig, [*DEEP, *MODES[m]]) for m in ("none", mode))
     most, least = measured(none), measured(every)
