@@ -46,7 +46,8 @@ def load_weights(path: str | Path, which: str = "ema") -> tuple[Weights, dict[st
     if which not in ("ema", "model"):
         raise ValueError(f"which={which!r} must be 'ema' or 'model'")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        what = "is a folder, give a file" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"{path}: {what}")
     if path.suffix == ".safetensors":
         weights, config = _read_safetensors(path)
     else:
@@ -92,7 +93,12 @@ def save_weights(
         said = {"format": "pt", "config": json.dumps(dict(config))}
         if process is not None:
             said["process"] = json.dumps(dict(process))
+        temporary.touch()
+        mode = (
+            temporary.stat().st_mode
+        )  # as the umask has it; save_file makes files that nobody else may read
         save_file(tensors, temporary, metadata=said)
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

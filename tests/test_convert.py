@@ -118,6 +118,8 @@ def test_safetensors_keep_weights_and_configuration(tmp_path: Path) -> None:
     settings: dict[str, Any] = dict(input_size=(4, 8), in_channels=3, patch_size=2, hidden_size=8, depth=3)
     model: Any = create("DRWKV", **settings, num_classes=2, conditioning="in-context", skip="add", seed=5)
     convert.save_weights(tmp_path / "deep" / "a.safetensors", model.state_dict(), model.config)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "deep" / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
     again: Any = convert.build(tmp_path / "deep" / "a.safetensors")
     assert again.config == model.config
     x, t, y = torch.randn(2, 3, 4, 8), torch.tensor([5, 600]), torch.tensor([0, 2])

@@ -61,7 +61,8 @@ class RunLock:
             and holder.get("restarts") != self._restarts
         ):
             open_storage(self._folder).remove(LOCK)  # a job that is queued again has ended before
-        pauses, until = wait_sec(self._lock_sec), time.monotonic() + 1.5 * self._lock_sec
+        most_sec = 1.5 * self._lock_sec
+        pauses, until = wait_sec(self._lock_sec), time.monotonic() + most_sec
         told = False
         while not self._leases.claim(LOCK):
             if time.monotonic() > until:
@@ -71,11 +72,9 @@ class RunLock:
                 )
             if not told:
                 log.warning(
-                    "%s is locked by %s: waiting %.0f s for a sign of life",
-                    self._folder,
-                    self._named(),
-                    self._lock_sec,
-                )
+                    "%s is locked by %s: waiting up to %.0f s for that run to end, or to be without a sign of life",
+                    self._folder, self._named(), most_sec,
+                )  # fmt: skip
                 told = True
             time.sleep(next(pauses))
         if holder:

@@ -157,7 +157,11 @@ def _counts(config: ValidationConfig, data: Data) -> list[int]:
     for shard_set, order, count in zip(data.sets, _orders(data), counts, strict=True):
         most = config.num_samples * order.num_samples // max(count, 1) // config.bins * config.bins
         advice = f"{shard_set.path} has {order.num_samples} held-out samples, and {count} are asked of it: "
-        advice += f"give {most} or less" if most else f"give fewer validation.bins than {config.bins}"
+        advice += (
+            f"give {most} or less, a multiple of validation.bins"
+            if most
+            else f"give fewer validation.bins than {config.bins}"
+        )
         fits = count <= order.num_samples
         require(fits, "validation.num_samples", config.num_samples, advice)
     return counts

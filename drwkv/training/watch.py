@@ -35,8 +35,11 @@ from drwkv.training.monitor import StepRecord
 log = logging.getLogger("drwkv")
 STATUS = "status.json"
 STACKS = "stalls"  # folder of where each rank's code stood
+FINISHED = "finished"  # state of a run that has done all its steps
+SETTING_UP = "setting up"  # phase before the first step
+OF_THE_RUN = ("step", "last_step", "n", "loss", "skipped")  # numbers that hold until a start makes others
 # Phases that take their time: PATIENCE times as long.
-PATIENT = frozenset({"setting up", "saving", "going back", "drawing a grid", "validating"})
+PATIENT = frozenset({SETTING_UP, "saving", "going back", "drawing a grid", "validating"})
 ENDED = "ended"
 NO_BOARD = "the process that held the ranks together is gone: rank 0, or its launcher"
 SILENT_BEATS = 3  # waited for signs of life, and for the loop to hear of a failure by itself
@@ -55,10 +58,11 @@ class Watch:
     def __init__(self, folder: Path, config: HealthConfig, world: World, *, timeout_sec: float) -> None:
         self._folder, self._world, self._beat_sec = folder, world, config.heartbeat_sec
         self._stall_sec, self._lost_sec = stall_sec(config, timeout_sec), config.lost_sec
-        self._board, self._place = Board(world), Place.first("setting up")
+        self._board, self._place = Board(world), Place.first(SETTING_UP)
         self._moved, self._lock = time.monotonic(), threading.Lock()
         self._next_seen: tuple[int, float] | None = None  # beat of the next rank, and when it was new
         self._numbers: dict[str, Any] = {}
+        self._before: dict[str, Any] = {}  # what `status.json` said of the run before this start
         self._over, self._ended = threading.Event(), False
         self._saying: threading.Thread | None = None  # writes status.json
         self._thread = threading.Thread(target=self._run, name="drwkv-watch", daemon=True)
@@ -75,6 +79,8 @@ class Watch:
         self._numbers = {"last_step": record.step, "n": record.n, "loss": shown, "skipped": skipped}
 
     def __enter__(self) -> Watch:
+        if self._world.is_first:
+            self._before = _read_status(self._folder / STATUS)
         self._board.publish(self._place)
         self._world.barrier()  # from here on every rank's place can be read
         self._thread.start()
@@ -248,11 +254,15 @@ class Watch:
         self._write_status(state, reason)
 
     def _write_status(self, state: str, reason: str | None) -> None:
-        place = self._place
+        place, before = self._place, {}
+        if place.phase == SETTING_UP:
+            if self._before.get("state") == FINISHED:
+                return  # that still holds: what is only looked at again, or refused, has not begun
+            before = {key: value for key, value in self._before.items() if key in OF_THE_RUN}
         status = {
             "state": state,
             "reason": reason,
-            "step": place.step,
+            "step": before.get("step", place.step),
             "phase": place.phase,
             "in_phase_sec": round(time.monotonic() - self._moved, 1),
             "time": time.time(),
@@ -260,6 +270,7 @@ class Watch:
             "pid": place.pid,
             "job": os.environ.get("SLURM_JOB_ID"),
             "ranks": self._world.size,
+            **{key: value for key, value in before.items() if key != "step"},
             **self._numbers,
         }
         try:
@@ -273,6 +284,15 @@ def stall_sec(config: HealthConfig, timeout_sec: float) -> float:
     if config.stall_sec is not None:
         return config.stall_sec
     return timeout_sec - max(0.05 * timeout_sec, SPARE_BEATS * config.heartbeat_sec)
+
+
+def _read_status(path: Path) -> dict[str, Any]:
+    """What an earlier start has left; {} where that is nothing that can be read."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _state_of(code: int) -> str:

@@ -135,6 +135,23 @@ def test_a_rank_that_hears_of_a_stall_by_its_collective_calls_it_one_too(tmp_pat
     assert status(tmp_path)["state"] == "stalled" and status(tmp_path)["reason"] == "rank 1 stands still"
 
 
+def test_a_start_that_is_refused_leaves_what_the_run_before_it_has_reached(tmp_path: Path) -> None:
+    """A finished run stays finished, and one that goes on is not at step 0 while it sets up."""
+    config = HealthConfig(heartbeat_sec=0.1)
+    for state in ("finished", "running"):
+        said = {"state": state, "step": 400, "last_step": 399, "n": 6400, "loss": 0.25, "phase": "ended"}
+        (tmp_path / "status.json").write_text(json.dumps(said))
+        with pytest.raises(ValueError), session() as world, Watch(tmp_path, config, world, timeout_sec=60):
+            time.sleep(0.5)
+            raise ValueError("another model")
+        found = status(tmp_path)
+        if state == "finished":
+            assert found == said
+        else:
+            assert (found["state"], found["reason"]) == ("failed", "another model")
+            assert (found["step"], found["last_step"], found["loss"]) == (400, 399, 0.25)
+
+
 # Rank 1 does not beat any more, as if its machine were gone, and all wait for it.
 SILENT = SLEEPER.replace(
     "        time.sleep(600)",
