@@ -94,9 +94,7 @@ def save_weights(
         if process is not None:
             said["process"] = json.dumps(dict(process))
         temporary.touch()
-        mode = (
-            temporary.stat().st_mode
-        )  # as the umask has it; save_file makes files that nobody else may read
+        mode = temporary.stat().st_mode  # by the umask; save_file makes files that nobody else may read
         save_file(tensors, temporary, metadata=said)
         temporary.chmod(mode)
         os.replace(temporary, path)
