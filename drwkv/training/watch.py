@@ -262,7 +262,7 @@ class Watch:
         status = {
             "state": state,
             "reason": reason,
-            "step": before.get("step", place.step),
+            "step": place.step,
             "phase": place.phase,
             "in_phase_sec": round(time.monotonic() - self._moved, 1),
             "time": time.time(),
@@ -270,7 +270,7 @@ class Watch:
             "pid": place.pid,
             "job": os.environ.get("SLURM_JOB_ID"),
             "ranks": self._world.size,
-            **{key: value for key, value in before.items() if key != "step"},
+            **before,
             **self._numbers,
         }
         try:
